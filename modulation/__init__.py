@@ -1,0 +1,1 @@
+"""Safety and utility neurons: find them, weigh them, modulate them. Knows nothing of HTTP or engines."""

@@ -1,0 +1,53 @@
+"""The exception tree of everything that knows neurons. Imports nothing.
+
+NeuronTuneError
+├── LevelError              a safety level or threshold that cannot be applied
+├── MaskError
+│   ├── MaskFileError       not a readable mask file: missing, truncated, not safetensors
+│   ├── MaskFormatError     a safetensors file whose contents are not a valid mask
+│   └── MaskMismatchError   a valid mask that was made for another model
+├── ModelError              a model that cannot be loaded or served
+│   └── UnsupportedModelError   a model family without an entry in the table of sites
+├── ModulationError         the modulation could not be put in force; never serve on
+└── DataError               an evaluation or tuning data file that cannot be used
+"""
+
+
+class NeuronTuneError(Exception):
+    """Base of every error that this project raises on purpose. Its text is fit for users."""
+
+
+class LevelError(NeuronTuneError):
+    """A safety level is unknown, malformed or larger than the mask."""
+
+
+class MaskError(NeuronTuneError):
+    """A mask file cannot be used."""
+
+
+class MaskFileError(MaskError):
+    """The file is missing, truncated or not in the safetensors format."""
+
+
+class MaskFormatError(MaskError):
+    """The file is safetensors, but what is in it is not a valid mask."""
+
+
+class MaskMismatchError(MaskError):
+    """The mask is valid, but it was made for another model."""
+
+
+class ModelError(NeuronTuneError):
+    """A model cannot be loaded or served."""
+
+
+class UnsupportedModelError(ModelError):
+    """Nothing is known about where this model family keeps its MLP neurons."""
+
+
+class ModulationError(NeuronTuneError):
+    """The modulation could not be put in force. Whoever sees this must not serve on."""
+
+
+class DataError(NeuronTuneError):
+    """A data file for evaluation or tuning cannot be used."""

@@ -1,0 +1,170 @@
+"""The one seam of modulation: per-token thresholds in, modulated activations out, through hooks.
+
+Knows a model's sites and a mask. Knows nothing of requests, levels by name, or who sets thresholds.
+
+The arithmetic (docs/method.md): per layer, token t and neuron i with rank r_i in its set, factor g_i
+and threshold n_t, a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1.0). Only the mask's neurons are ever
+touched; at (0, 0) they are multiplied by exactly 1.0. Any mix of thresholds costs the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modulation.errors import ModulationError
+from modulation.levels import Threshold
+from modulation.masks import Mask
+from modulation.sites import Site, find_sites
+
+_SAFETY, _UTILITY = 0, 1
+
+
+class Modulator:
+    """A mask laid out for one model. While entered (`with`), every forward pass is modulated.
+
+    Set `thresholds` before a forward pass: int (tokens, 2) of (num_safety, num_utility), one row per
+    token of the pass in row-major order, or (1, 2) for all of them. A forward pass without thresholds
+    raises; it never runs unmodulated.
+
+    Raises, from the constructor:
+        MaskMismatchError: the mask was made for another model.
+        UnsupportedModelError: the model's family has no known sites.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
+        mask.verify(model)
+        self._model = model
+        self._sites = [site for site in find_sites(model) if _neurons_in(mask, site.layer)]
+        self._hooks = ExitStack()
+        self._entered = False
+        self._scale: Tensor | None = None
+        device = next(model.parameters()).device
+        self._columns: dict[int, Tensor] = {}
+        self._slices: dict[int, slice] = {}
+        kinds: list[int] = []
+        ranks: list[int] = []
+        factors: list[float] = []
+        for site in self._sites:
+            members = _neurons_in(mask, site.layer)
+            start = len(ranks)
+            kinds += [kind for kind, _, _, _ in members]
+            ranks += [rank for _, rank, _, _ in members]
+            factors += [factor for _, _, factor, _ in members]
+            weight = site.module.weight
+            assert isinstance(weight, Tensor)
+            self._columns[site.layer] = torch.tensor([i for *_, i in members], device=weight.device)
+            self._slices[site.layer] = slice(start, len(ranks))
+        # One entry per neuron of the mask, all layers together: (neurons,)
+        self._kinds = torch.tensor(kinds, dtype=torch.int64, device=device)
+        self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
+        self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
+        self._ones = torch.ones((), dtype=torch.float32, device=device)
+
+    def set_thresholds(self, thresholds: Tensor) -> None:
+        """Set what the next forward pass applies: int (tokens, 2), or (1, 2) for every token."""
+        assert thresholds.ndim == 2 and thresholds.shape[1] == 2, thresholds.shape
+        limits = thresholds[:, self._kinds]  # (tokens, neurons)
+        self._scale = torch.where(self._ranks < limits, self._factors, self._ones)
+
+    def __enter__(self) -> Self:
+        assert not self._entered, "a modulator is entered once at a time"
+        self._entered = True
+        with ExitStack() as hooks:
+            for site in self._sites:
+                hooks.callback(site.module.register_forward_pre_hook(self._hook(site)).remove)
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        self._scale = None
+        self._entered = False
+
+    @contextmanager
+    def applied(self, threshold: Threshold | Sequence[Threshold]) -> Iterator[PreTrainedModel]:
+        """Modulate every forward pass and `generate` of the model within the block.
+
+        One threshold applies to every row of the batch; a sequence gives one per row. The hooks come
+        off when the block ends, however it ends.
+
+        Raises, from a forward pass:
+            ModulationError: the batch has another number of rows.
+        """
+        rows = [threshold] if isinstance(threshold, Threshold) else list(threshold)
+        per_row = torch.tensor(
+            [(row.num_safety, row.num_utility) for row in rows],
+            dtype=torch.int32,
+            device=self._ranks.device,
+        )
+
+        def expand(
+            _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> None:
+            tokens = arguments[0] if arguments else keywords.get("input_ids")
+            if tokens is None:
+                tokens = keywords["inputs_embeds"][..., 0]
+            if len(rows) not in (1, tokens.shape[0]):
+                raise ModulationError(
+                    f"{len(rows)} thresholds were given, but the batch has {tokens.shape[0]} rows."
+                )
+            one_for_all = len(rows) == 1
+            self.set_thresholds(
+                per_row if one_for_all else per_row.repeat_interleave(tokens.shape[1], dim=0)
+            )
+
+        with ExitStack() as stack:
+            stack.enter_context(self)
+            stack.callback(self._model.register_forward_pre_hook(expand, with_kwargs=True).remove)
+            yield self._model
+
+    def _hook(self, site: Site) -> Any:
+        columns, where = self._columns[site.layer], self._slices[site.layer]
+
+        def modulate(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            activations: Tensor = arguments[0]
+            if self._scale is None:
+                raise ModulationError(
+                    f"No thresholds were set for this forward pass (layer {site.layer}); refusing to "
+                    "run it unmodulated."
+                )
+            return (_scaled(activations, columns, self._scale[:, where]), *arguments[1:])
+
+        return modulate
+
+
+def _scaled(activations: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+    """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons)."""
+    flat = activations.reshape(-1, activations.shape[-1])  # (tokens, width)
+    if scale.shape[0] not in (1, flat.shape[0]):
+        raise ModulationError(
+            f"Thresholds for {scale.shape[0]} tokens were set, but the forward pass has {flat.shape[0]}."
+        )
+    chosen = flat.index_select(1, columns)
+    modulated = (chosen * scale.to(chosen.device)).to(flat.dtype)
+    return flat.index_copy(1, columns, modulated).reshape(activations.shape)
+
+
+def _neurons_in(mask: Mask, layer: int) -> list[tuple[int, int, float, int]]:
+    """The mask's neurons in one layer: (kind, rank, factor, index)."""
+    return [
+        (kind, rank, float(factor), int(index))
+        for kind, neurons in ((_SAFETY, mask.safety), (_UTILITY, mask.utility))
+        for rank, ((where, index), factor) in enumerate(
+            zip(neurons.neurons, neurons.factors, strict=True)
+        )
+        if where == layer
+    ]
+
+
+def modulated(
+    model: PreTrainedModel, mask: Mask, threshold: Threshold | Sequence[Threshold]
+) -> AbstractContextManager[PreTrainedModel]:
+    """Modulate every forward pass and `generate` of `model` within a `with` block.
+
+    Raises as `Modulator` and `Modulator.applied` do.
+    """
+    return Modulator(model, mask).applied(threshold)

@@ -1,0 +1,113 @@
+"""Where a model family keeps its MLP neurons: the input of each layer's MLP output projection.
+
+Knows module paths of model families. Knows nothing of masks or of what is done at a site.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from modulation.errors import UnsupportedModelError
+
+# The layers, and within a layer the MLP's output projection, by `config.model_type`. The neurons of
+# a layer are the input channels of that projection. An entry is added together with its test.
+_OUTPUT_PROJECTION: Final[dict[str, tuple[str, str]]] = {
+    "falcon": ("transformer.h", "mlp.dense_4h_to_h"),
+    "gemma2": ("model.layers", "mlp.down_proj"),
+    "gemma3_text": ("model.layers", "mlp.down_proj"),
+    "gpt2": ("transformer.h", "mlp.c_proj"),
+    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
+    "granite": ("model.layers", "mlp.down_proj"),
+    "llama": ("model.layers", "mlp.down_proj"),
+    "mistral": ("model.layers", "mlp.down_proj"),
+    "olmo2": ("model.layers", "mlp.down_proj"),
+    "opt": ("model.decoder.layers", "fc2"),
+    "phi3": ("model.layers", "mlp.down_proj"),
+    "qwen2": ("model.layers", "mlp.down_proj"),
+    "qwen3": ("model.layers", "mlp.down_proj"),
+    "stablelm": ("model.layers", "mlp.down_proj"),
+}
+
+SUPPORTED_FAMILIES: Final = tuple(sorted(_OUTPUT_PROJECTION))
+
+# Configuration fields by which mixture-of-experts families say how many experts they have.
+_EXPERT_COUNTS: Final = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One layer's neurons: the input of `module`, a tensor (..., tokens, width).
+
+    `layer` counts from 0; `name` is the module's path in the model.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    width: int
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """The sites of `model`, layer 0 first.
+
+    Raises:
+        UnsupportedModelError: a family that is not in the table, or a mixture of experts.
+    """
+    family = str(model.config.model_type)
+    supported = f"Supported model families: {', '.join(SUPPORTED_FAMILIES)}."
+    for field in _EXPERT_COUNTS:
+        count = getattr(model.config, field, None)
+        if isinstance(count, int) and count > 1:
+            raise UnsupportedModelError(
+                f"Model family {family!r} is a mixture of experts ({field}={count}); its neurons "
+                f"are not addressed by (layer, index). {supported}"
+            )
+    if family not in _OUTPUT_PROJECTION:
+        raise UnsupportedModelError(
+            f"Model family {family!r} is not known: nothing says where its MLP neurons are. {supported}"
+        )
+    layers_path, projection_path = _OUTPUT_PROJECTION[family]
+    try:
+        layers = model.get_submodule(layers_path)
+        sites = [
+            _site(
+                index,
+                f"{layers_path}.{index}.{projection_path}",
+                layer.get_submodule(projection_path),
+            )
+            for index, layer in enumerate(layers.children())
+        ]
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"Model class {type(model).__name__} of family {family!r} has no module "
+            f"{layers_path}.*.{projection_path} ({error}): load it as a causal language model."
+        ) from error
+    if not sites:
+        raise UnsupportedModelError(
+            f"Model class {type(model).__name__} has no layers at {layers_path}."
+        )
+    return sites
+
+
+def input_dimension(module: nn.Module) -> int:
+    """Which dimension of the projection's weight runs over neurons.
+
+    1 for a linear layer (out, in); 0 for GPT-2's `Conv1D`, which stores (in, out).
+    """
+    return 0 if type(module).__name__ == "Conv1D" else 1
+
+
+def _site(layer: int, name: str, module: nn.Module) -> Site:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter), (name, type(weight))
+    return Site(
+        layer=layer, name=name, module=module, width=int(weight.shape[input_dimension(module)])
+    )

@@ -1,0 +1,1 @@
+"""The HTTP server: requests, levels and answers. Knows neurons only through `modulation`."""

@@ -1,0 +1,169 @@
+"""Per-request sampling in one batch of mixed requests, and the thresholds that travel with it.
+
+Knows transformers' continuous-batching logits processors. Knows nothing of neurons or of requests
+beyond their arguments.
+
+Each step, the manager hands this list every request of the step in batch order. It writes one column
+of arguments per request into static storage, which the model's forward receives as
+`logits_processor_args`, int32 (rows, requests): first the threshold rows, one column per request of
+the step; then the sampling rows, one column per request that gets a new token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+    ContinuousBatchingTemperatureLogitsWarper,
+    ContinuousBatchingTopKLogitsWarper,
+    ContinuousBatchingTopPLogitsWarper,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+NUM_THRESHOLD_ROWS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowArguments:
+    """What one request brings to every step, in the form that the processors read.
+
+    `temperature` is 1.0 for a greedy request, whose `noise` is 0.0; `top_k` is the size of the
+    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned.
+    """
+
+    num_safety: int
+    num_utility: int
+    temperature: float
+    noise: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def as_keywords(self) -> dict[str, int | float]:
+        """The `logit_processor_kwargs` of the manager's `add_request`."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class SeededNoise:
+    """Gumbel noise for each request, so that the manager's argmax draws a sample.
+
+    argmax(logits + Gumbel noise) is a draw from softmax(logits) (Gumbel 1954; Maddison et al. 2014,
+    "A* sampling"). The noise of a request is a function of its seed, the position of the new token
+    and the token id alone, so neither its neighbours nor its place in the batch change its answer.
+    """
+
+    ROWS: Final = 4  # noise scale, seed low, seed high, position
+
+    def arguments(self, requests: Sequence[FutureRequestState]) -> Tensor:
+        """int32 (ROWS, requests); the scale is a float32 seen as int32."""
+        keywords = [request.state.logit_processor_kwargs for request in requests]
+        scale = torch.tensor([each["noise"] for each in keywords], dtype=torch.float32)
+        words = [
+            [_signed(each["seed"] & 0xFFFFFFFF) for each in keywords],
+            [_signed(each["seed"] >> 32) for each in keywords],
+            # Counted from the start of the prompt: stays right when an evicted request starts over.
+            [request.state.position_offset for request in requests],
+        ]
+        return torch.cat([scale.view(torch.int32)[None], torch.tensor(words, dtype=torch.int32)])
+
+    def __call__(self, scores: Tensor, arguments: Tensor) -> Tensor:
+        """`scores` (requests, vocabulary) plus noise; a row of scale 0 comes back as it was."""
+        arguments = arguments[:, : scores.shape[0]]
+        scale = arguments[0].view(torch.float32)[:, None]
+        low, high, position = (row[:, None] for row in arguments[1:])
+        tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
+        bits = _mix(_mix(_mix(_mix(tokens + low) ^ high) + position) ^ tokens)
+        uniform = ((bits >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)  # in (0, 1)
+        gumbel = -torch.log(-torch.log(uniform))
+        # Not scores + 0 * noise: a score of -inf or a huge one must stay what it is.
+        return torch.where(scale > 0, scores + gumbel, scores)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Scramble int32 words: the finaliser of MurmurHash3 (Appleby, public domain), wrapping."""
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
+    bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+class RequestProcessors(ContinuousBatchingLogitsProcessorList):
+    """The manager's list of processors: temperature, top-k, top-p and seeded noise, per request.
+
+    With `static` (CUDA graphs) every processor runs in every step; otherwise one that no request of
+    the step needs is skipped, since sorting a large vocabulary costs more than a decoding step.
+    """
+
+    def __init__(self, vocabulary: int, *, static: bool) -> None:
+        super().__init__(LogitsProcessorList())
+        self._static = static
+        self._warpers: list[ContinuousBatchingLogitsProcessor] = [
+            ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0)),
+            ContinuousBatchingTopKLogitsWarper(TopKLogitsWarper(top_k=vocabulary)),
+            ContinuousBatchingTopPLogitsWarper(TopPLogitsWarper(top_p=1.0)),
+        ]
+        self._vocabulary = vocabulary
+        self._noise = SeededNoise()
+        self._needed = [True] * (len(self._warpers) + 1)
+        self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
+        self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
+        self.do_processing = True
+
+    def check_kwargs(self, kwargs: dict[str, int | float]) -> None:
+        """Nothing to refuse: requests reach the manager only as `RowArguments`."""
+        assert kwargs.keys() == self.supported_keys.keys(), (kwargs, self.supported_keys)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """Arguments of a padding column: nothing active, nothing cut, no noise. int32 (rows, 1)."""
+        int32_tensor.zero_()
+        for row, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
+            warper.fill_defaults(int32_tensor[row])
+
+    def prepare_tensor_args(
+        self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor
+    ) -> Tensor:
+        """Write this step's columns into `arg_storage`, int32 (rows, columns)."""
+        for row, name in enumerate(("num_safety", "num_utility")):
+            values = [each.state.logit_processor_kwargs[name] for each in requests_in_batch]
+            arg_storage[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
+        drawing = [request for request in requests_in_batch if request.has_new_token]
+        for row, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
+            arg_storage[row, : len(drawing)] = warper.prepare_tensor_args(drawing)
+        arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
+        keywords = [request.state.logit_processor_kwargs for request in drawing]
+        sampled = [each for each in keywords if each["noise"] > 0]
+        if not self._static:
+            self._needed = [
+                any(each["temperature"] != 1.0 for each in sampled),
+                any(each["top_k"] < self._vocabulary for each in sampled),
+                any(each["top_p"] < 1.0 for each in sampled),
+                bool(sampled),
+            ]
+        return arg_storage
+
+    def __call__(
+        self,
+        input_ids: Tensor,  # noqa: ARG002 - the manager passes it; none of ours reads it
+        scores: Tensor,
+        logits_processor_args: Tensor,
+    ) -> Tensor:
+        """`scores` (requests, vocabulary), of which the manager then takes the argmax."""
+        rows = logits_processor_args[NUM_THRESHOLD_ROWS:]
+        for needed, warper, row in zip(self._needed, self._warpers, rows, strict=False):
+            if needed:
+                scores = warper(scores, row)
+        return self._noise(scores, rows[len(self._warpers) :]) if self._needed[-1] else scores

@@ -1,0 +1,256 @@
+"""The embedded engine: transformers' continuous batching with modulation by forward hooks.
+
+Knows the model, its mask and the batching manager. Knows nothing of HTTP or settings.
+
+Each step, the manager packs the tokens of all running requests into one row. The arguments of each
+request, its threshold among them, ride in static storage that the model's forward receives
+(`sampling`); a pre-hook on the model expands thresholds to tokens, and the modulator's pre-hooks on
+the sites apply them.
+"""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from modulation.masks import Mask
+from modulation.modulator import Modulator
+from server.engines import loading
+from server.engines.base import (
+    EngineHealth,
+    EngineInfo,
+    EngineUnavailableError,
+    FinishReason,
+    GenerateRequest,
+    Output,
+    PromptError,
+    Sampling,
+)
+from server.engines.batching import LevelManager, request_id
+from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
+from server.engines.text import ChatText
+
+_PAGE_SIZE: Final = 32
+_MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
+
+
+class TransformersEngine:
+    """An `Engine` on transformers. Raises, from the constructor, what keeps it from being ready.
+
+    Raises:
+        ModelError: the model, its tokenizer or the sizes cannot be used.
+        MaskError: the mask cannot be read or was made for another model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        mask: Path,
+        *,
+        served_model_name: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv_cache_tokens: int | None = None,
+        max_num_seqs: int = 64,
+        prefix_caching: bool = True,
+    ) -> None:
+        loaded_mask = Mask.load(mask)
+        tokenizer = loading.load_tokenizer(model)
+        on_device = loading.resolve_device(device)
+        in_dtype = loading.resolve_dtype(dtype, on_device.value)
+        self._model = loading.load_model(model, device=on_device.value, dtype=in_dtype.value)
+        sizes = loading.resolve_sizes(
+            self._model,
+            device=on_device.value,
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_cache_tokens,
+            page_size=_PAGE_SIZE,
+        )
+        self._modulator = Modulator(self._model, loaded_mask)
+        stop_ids = loading.stop_ids(self._model, tokenizer)
+        self._text = ChatText(tokenizer, stop_ids)
+        self._vocabulary = int(self._model.config.get_text_config().vocab_size)
+        self._info = EngineInfo(
+            model_id=served_model_name,
+            max_model_len=int(sizes.max_model_len.value),
+            levels=loaded_mask.levels,
+            mask_digest=loaded_mask.digest,
+            details={
+                "engine": "transformers",
+                "device": str(on_device),
+                "dtype": str(in_dtype),
+                "max_model_len": str(sizes.max_model_len),
+                "kv_cache_tokens": str(sizes.cache_tokens),
+                "prefix_caching": str(prefix_caching).lower(),
+            },
+        )
+        self._names = itertools.count()
+        self._open: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        batching = ContinuousBatchingConfig(
+            page_size=_PAGE_SIZE,
+            num_blocks=sizes.num_pages,
+            max_batch_tokens=max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
+            max_requests_per_batch=max_num_seqs,
+            allow_block_sharing=prefix_caching,
+        )
+        generation = loading.generation_config(stop_ids)
+        with ExitStack() as stack:
+            stack.enter_context(self._modulator)
+            hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
+            stack.callback(hook.remove)
+            self._manager = LevelManager(self._model, generation, batching, self._on_end)
+            self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+            self._manager.start()
+            self._hooks = stack.pop_all()
+
+    def describe(self) -> EngineInfo:
+        return self._info
+
+    def healthy(self) -> EngineHealth:
+        processor = self._manager.batch_processor
+        scheduler = processor.scheduler if processor is not None else None
+        reason = self._why_not_ready()
+        return EngineHealth(
+            ready=reason is None,
+            reason=reason or "ready",
+            num_running=len(scheduler.active_requests) if scheduler else 0,
+            num_waiting=(len(scheduler.waiting_requests) if scheduler else 0)
+            + self._manager.input_queue.qsize(),
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        prompt = self._text.encode(request.messages)
+        limit = self._token_limit(len(prompt), request.max_tokens)
+        self._refuse_if_not_ready()
+        self._loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
+        name = request_id(f"request-{next(self._names)}", request.threshold)
+        self._open[name] = outputs
+        try:
+            self._manager.register_result_handler(name, outputs.put_nowait)
+            added = self._manager.add_request(
+                prompt,
+                request_id=name,
+                max_new_tokens=limit,
+                streaming=True,
+                **self._arguments(request).as_keywords(),  # type: ignore[arg-type]
+            )
+            if added is None or not self._manager.is_running():
+                raise self._unavailable()
+            text, seen = self._text.stream(), 0
+            while True:
+                step = await outputs.get()
+                if step is None or step.error is not None:
+                    raise self._unavailable()
+                tokens = tuple(step.generated_tokens[seen:])
+                seen += len(tokens)
+                finish = self._finish_reason(step)
+                yield Output(
+                    text=text.push(tokens) + (text.finish() if finish else ""),
+                    token_ids=tokens,
+                    finish_reason=finish,
+                    num_prompt_tokens=len(prompt),
+                    num_completion_tokens=seen,
+                )
+                if finish:
+                    return
+        finally:
+            del self._open[name]
+            self._forget(name)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._manager.stop, block=True, hard_stop=True)
+        self._hooks.close()
+
+    def _set_thresholds(self, _model: nn.Module, _args: Any, step: dict[str, Any]) -> None:
+        """Before each step: one threshold per token, from one per request."""
+        per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
+        ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
+        num_tokens = step["input_ids"].shape[-1]
+        tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
+        # A padding token lies beyond the last end; it takes the last request's threshold.
+        owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
+        self._modulator.set_thresholds(per_request[owner])
+
+    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        room = self._info.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise PromptError(
+                f"The prompt is {num_prompt_tokens} tokens long; with at least one token of answer it "
+                f"must fit the context of {self._info.max_model_len}. Shorten the messages."
+            )
+        if max_tokens is not None and max_tokens > room:
+            raise PromptError(
+                f"The prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} together exceed "
+                f"the context of {self._info.max_model_len}. Lower max_tokens to {room} or less, or "
+                "leave it out."
+            )
+        return room if max_tokens is None else max_tokens
+
+    def _arguments(self, request: GenerateRequest) -> RowArguments:
+        sampling = request.sampling
+        greedy = sampling.temperature == 0
+        if greedy:
+            sampling = Sampling(temperature=1.0)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        return RowArguments(
+            num_safety=request.threshold.num_safety,
+            num_utility=request.threshold.num_utility,
+            temperature=sampling.temperature,
+            noise=0.0 if greedy else 1.0,
+            top_k=min(sampling.top_k or self._vocabulary, self._vocabulary),
+            top_p=sampling.top_p,
+            seed=seed & (1 << 64) - 1,
+        )
+
+    def _finish_reason(self, step: GenerationOutput) -> FinishReason | None:
+        if not step.is_finished():
+            return None
+        ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
+        return "stop" if ended else "length"
+
+    def _forget(self, name: str) -> None:
+        """End the request in the manager, wherever it is; nothing happens if it has ended already."""
+        self._manager.cancel_request(name)
+        router = self._manager.output_router
+        with router._lock:
+            router.result_handlers.pop(name, None)
+
+    def _on_end(self) -> None:
+        """The manager's loop has ended: nothing more will come, so nobody must wait for it."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fail_open_requests)
+
+    def _fail_open_requests(self) -> None:
+        for outputs in self._open.values():
+            outputs.put_nowait(None)
+
+    def _why_not_ready(self) -> str | None:
+        if self._closed:
+            return "the engine is closed"
+        error = self._manager.background_thread_status.fatal_error
+        if error is not None:
+            return f"the engine has stopped: {error}"
+        return None if self._manager.is_running() else "the engine is not running"
+
+    def _refuse_if_not_ready(self) -> None:
+        if self._why_not_ready() is not None:
+            raise self._unavailable()
+
+    def _unavailable(self) -> EngineUnavailableError:
+        reason = self._why_not_ready() or "the engine has stopped"
+        return EngineUnavailableError(f"No answer can be generated: {reason}.")

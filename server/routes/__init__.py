@@ -1,0 +1,1 @@
+"""One module per group of endpoints. Routes see the Engine protocol, never an engine."""
