@@ -31,9 +31,7 @@ class Threshold:
     def __post_init__(self) -> None:
         for name, value in (("num_safety", self.num_safety), ("num_utility", self.num_utility)):
             if value < 0:
-                raise LevelError(
-                    f"{name} {value} is negative: it is a number of neurons, 0 or more."
-                )
+                raise LevelError(f"{name} {value} is negative: it is a number of neurons, 0 or more.")
 
     def fits(self, maximum: "Threshold") -> bool:
         """Whether both counts are at most those of `maximum`."""
@@ -110,9 +108,7 @@ class SafetyLevels:
     def _proportional(self, num_safety: int) -> int:
         """Utility neurons that go with `num_safety`, in the proportion of `security-critical`."""
         reference = self.named[SECURITY_CRITICAL]
-        return (2 * num_safety * reference.num_utility + reference.num_safety) // (
-            2 * reference.num_safety
-        )
+        return (2 * num_safety * reference.num_utility + reference.num_safety) // (2 * reference.num_safety)
 
     def parse(self, value: str | int) -> SafetyLevel:
         """Read a request's value: a level's name, or a whole number of safety neurons.

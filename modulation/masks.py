@@ -151,9 +151,7 @@ class Mask:
         try:
             tensors = load_tensors(contents)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise MaskFileError(
-                f"not a whole safetensors file ({error}). Copy or make it again."
-            ) from error
+            raise MaskFileError(f"not a whole safetensors file ({error}). Copy or make it again.") from error
         return cls(
             safety=_neuron_set("safety", tensors),
             utility=_neuron_set("utility", tensors),
@@ -243,9 +241,7 @@ def _neuron_set(kind: str, tensors: dict[str, npt.NDArray[Any]]) -> NeuronSet:
         raise MaskFormatError(f"unknown tensor {unknown[0]!r}; a mask holds {', '.join(_TENSORS)}.")
     for name in (f"{kind}.neurons", f"{kind}.factors"):
         if name not in tensors:
-            raise MaskFormatError(
-                f"tensor {name!r} is missing; a mask holds {', '.join(_TENSORS)}."
-            )
+            raise MaskFormatError(f"tensor {name!r} is missing; a mask holds {', '.join(_TENSORS)}.")
         dtype, dimensions = _TENSORS[name]
         if tensors[name].dtype != dtype or tensors[name].ndim != dimensions:
             raise MaskFormatError(
@@ -283,9 +279,7 @@ def _metadata(contents: bytes) -> MaskMetadata:
         ("layer_base", metadata.layer_base, LAYER_BASE),
     ):
         if value != expected:
-            raise MaskFormatError(
-                f"{name} {value!r} is not supported; this program applies {expected!r}."
-            )
+            raise MaskFormatError(f"{name} {value!r} is not supported; this program applies {expected!r}.")
     return metadata
 
 

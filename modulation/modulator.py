@@ -101,9 +101,7 @@ class Modulator:
             device=self._ranks.device,
         )
 
-        def expand(
-            _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-        ) -> None:
+        def expand(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             tokens = arguments[0] if arguments else keywords.get("input_ids")
             if tokens is None:
                 tokens = keywords["inputs_embeds"][..., 0]
@@ -112,9 +110,7 @@ class Modulator:
                     f"{len(rows)} thresholds were given, but the batch has {tokens.shape[0]} rows."
                 )
             one_for_all = len(rows) == 1
-            self.set_thresholds(
-                per_row if one_for_all else per_row.repeat_interleave(tokens.shape[1], dim=0)
-            )
+            self.set_thresholds(per_row if one_for_all else per_row.repeat_interleave(tokens.shape[1], dim=0))
 
         with ExitStack() as stack:
             stack.enter_context(self)
@@ -153,9 +149,7 @@ def _neurons_in(mask: Mask, layer: int) -> list[tuple[int, int, float, int]]:
     return [
         (kind, rank, float(factor), int(index))
         for kind, neurons in ((_SAFETY, mask.safety), (_UTILITY, mask.utility))
-        for rank, ((where, index), factor) in enumerate(
-            zip(neurons.neurons, neurons.factors, strict=True)
-        )
+        for rank, ((where, index), factor) in enumerate(zip(neurons.neurons, neurons.factors, strict=True))
         if where == layer
     ]
 

@@ -91,9 +91,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             f"{layers_path}.*.{projection_path} ({error}): load it as a causal language model."
         ) from error
     if not sites:
-        raise UnsupportedModelError(
-            f"Model class {type(model).__name__} has no layers at {layers_path}."
-        )
+        raise UnsupportedModelError(f"Model class {type(model).__name__} has no layers at {layers_path}.")
     return sites
 
 
@@ -108,6 +106,4 @@ def input_dimension(module: nn.Module) -> int:
 def _site(layer: int, name: str, module: nn.Module) -> Site:
     weight = module.weight
     assert isinstance(weight, nn.Parameter), (name, type(weight))
-    return Site(
-        layer=layer, name=name, module=module, width=int(weight.shape[input_dimension(module)])
-    )
+    return Site(layer=layer, name=name, module=module, width=int(weight.shape[input_dimension(module)]))

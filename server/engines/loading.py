@@ -47,9 +47,7 @@ def resolve_device(device: str) -> Resolved:
             return Resolved("cuda", f"auto: {torch.cuda.get_device_name()}")
         return Resolved("cpu", "auto: no CUDA device")
     if device == "cuda" and not has_cuda:
-        raise ModelError(
-            "Device 'cuda' was asked for, but torch sees no CUDA device. Use 'cpu' or 'auto'."
-        )
+        raise ModelError("Device 'cuda' was asked for, but torch sees no CUDA device. Use 'cpu' or 'auto'.")
     return Resolved(device, "as asked")
 
 
@@ -87,14 +85,13 @@ def load_model(model: str, *, device: str, dtype: str) -> PreTrainedModel:
     """The model in evaluation mode on `device`. Raises ModelError."""
     _refuse_missing_folder(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=_DTYPES[dtype], attn_implementation="sdpa"
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype], attn_implementation="sdpa")
     except Exception as error:
         raise ModelError(f"Model {model!r} cannot be loaded: {_first_line(error)}") from error
     assert isinstance(loaded, PreTrainedModel), type(loaded)
     loaded.to(device)  # type: ignore[arg-type]
-    return loaded.eval()
+    loaded.train(False)
+    return loaded
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Collection[int]:

@@ -133,9 +133,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         for row, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
             warper.fill_defaults(int32_tensor[row])
 
-    def prepare_tensor_args(
-        self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor
-    ) -> Tensor:
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         """Write this step's columns into `arg_storage`, int32 (rows, columns)."""
         for row, name in enumerate(("num_safety", "num_utility")):
             values = [each.state.logit_processor_kwargs[name] for each in requests_in_batch]

@@ -33,13 +33,9 @@ class ChatText:
             for each in messages
         ]
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise PromptError(
-                f"The model's chat template refuses these messages: {error}"
-            ) from error
+            raise PromptError(f"The model's chat template refuses these messages: {error}") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def stream(self) -> "TextStream":
