@@ -51,7 +51,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: object) -> Pre
     settings = {**_COMMON, **_OVERRIDES.get(family, {}), **overrides}
     if family in ("gpt2", "falcon", "opt", "gpt_neox"):
         settings = {key: value for key, value in settings.items() if key not in ("head_dim",)}
-    if family in ("gpt2", "opt"):
+    if family in ("gpt2", "opt", "gpt_neox"):
         settings = {key: value for key, value in settings.items() if key != "num_key_value_heads"}
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(seed)

@@ -85,7 +85,7 @@ def load_model(model: str, *, device: str, dtype: str) -> PreTrainedModel:
     """The model in evaluation mode on `device`. Raises ModelError."""
     _refuse_missing_folder(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype], attn_implementation="sdpa")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype])
     except Exception as error:
         raise ModelError(f"Model {model!r} cannot be loaded: {_first_line(error)}") from error
     assert isinstance(loaded, PreTrainedModel), type(loaded)

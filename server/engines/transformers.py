@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from modulation.errors import ModelError
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from server.engines import loading
@@ -39,6 +40,7 @@ from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
+_PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
 
@@ -63,8 +65,8 @@ class TransformersEngine:
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
     ) -> None:
-        loaded_mask = Mask.load(mask)
         tokenizer = loading.load_tokenizer(model)
+        loaded_mask = Mask.load(mask)
         on_device = loading.resolve_device(device)
         in_dtype = loading.resolve_dtype(dtype, on_device.value)
         self._model = loading.load_model(model, device=on_device.value, dtype=in_dtype.value)
@@ -111,7 +113,9 @@ class TransformersEngine:
             stack.callback(hook.remove)
             self._manager = LevelManager(self._model, generation, batching, self._on_end)
             self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+            stack.callback(self._stop_manager)
             self._manager.start()
+            self._probe(model)
             self._hooks = stack.pop_all()
 
     def describe(self) -> EngineInfo:
@@ -123,7 +127,7 @@ class TransformersEngine:
         reason = self._why_not_ready()
         return EngineHealth(
             ready=reason is None,
-            reason=reason or "ready",
+            reason=reason or "",
             num_running=len(scheduler.active_requests) if scheduler else 0,
             num_waiting=(len(scheduler.waiting_requests) if scheduler else 0)
             + self._manager.input_queue.qsize(),
@@ -152,7 +156,7 @@ class TransformersEngine:
             while True:
                 step = await outputs.get()
                 if step is None or step.error is not None:
-                    raise self._unavailable()
+                    raise self._unavailable(step.error if step else None)
                 tokens = tuple(step.generated_tokens[seen:])
                 seen += len(tokens)
                 finish = self._finish_reason(step)
@@ -173,8 +177,32 @@ class TransformersEngine:
         if self._closed:
             return
         self._closed = True
-        await asyncio.to_thread(self._manager.stop, block=True, hard_stop=True)
-        self._hooks.close()
+        await asyncio.to_thread(self._hooks.close)
+
+    def _probe(self, model: str) -> None:
+        """Run a few steps at mixed levels: an engine that returns from its constructor can serve.
+
+        Raises:
+            ModelError: the model's code cannot run in continuous batching.
+        """
+        for number, level in enumerate(self._info.levels):
+            request = GenerateRequest((), level.threshold, Sampling(temperature=number % 2))
+            self._manager.add_request(
+                [0] * (number + 2),
+                request_id=request_id(f"probe-{number}", level.threshold),
+                max_new_tokens=2,
+                **self._arguments(request).as_keywords(),  # type: ignore[arg-type]
+            )
+        for _ in self._info.levels:
+            output = self._manager.get_result(timeout=_PROBE_TIMEOUT_SECONDS)
+            if output is None or output.error is not None:
+                raise ModelError(
+                    f"Model {model!r} ({type(self._model).__name__}) cannot run in transformers' "
+                    f"continuous batching: {output.error if output else 'no answer in time'}."
+                )
+
+    def _stop_manager(self) -> None:
+        self._manager.stop(block=True, hard_stop=True)
 
     def _set_thresholds(self, _model: nn.Module, _args: Any, step: dict[str, Any]) -> None:
         """Before each step: one threshold per token, from one per request."""
@@ -251,6 +279,6 @@ class TransformersEngine:
         if self._why_not_ready() is not None:
             raise self._unavailable()
 
-    def _unavailable(self) -> EngineUnavailableError:
-        reason = self._why_not_ready() or "the engine has stopped"
+    def _unavailable(self, error: str | None = None) -> EngineUnavailableError:
+        reason = self._why_not_ready() or error or "the engine has stopped"
         return EngineUnavailableError(f"No answer can be generated: {reason}.")

@@ -1,0 +1,208 @@
+"""The tests that every engine passes, whatever it generates with.
+
+A subclass named `Test...` gives two fixtures, `engine` (which no test closes; it may be shared) and
+`closable_engine` (a test's own), and sets the parameters below where the defaults do not suit it.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+
+from modulation.levels import ZERO, Threshold
+from server.engines.base import (
+    Engine,
+    EngineUnavailableError,
+    GenerateRequest,
+    Message,
+    Output,
+    PromptError,
+    Sampling,
+)
+
+GREEDY = Sampling(temperature=0.0)
+TIMEOUT_SECONDS = 30.0
+
+
+async def until(condition: Callable[[], bool], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """Wait for `condition` to hold; fail when it does not hold in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen within {timeout_seconds} s"
+        await asyncio.sleep(0.005)
+
+
+async def collect(outputs: AsyncGenerator[Output, None]) -> list[Output]:
+    """Every output of a request."""
+    return [output async for output in outputs]
+
+
+def tokens(outputs: list[Output]) -> tuple[int, ...]:
+    """The tokens of an answer."""
+    return tuple(token for output in outputs for token in output.token_ids)
+
+
+def is_idle(engine: Engine) -> bool:
+    """Whether no request is left in `engine`."""
+    state = engine.healthy()
+    return (state.num_running, state.num_waiting) == (0, 0)
+
+
+class EngineContract:
+    """See the contract in `server.engines.base`."""
+
+    # Prompts of a few words, all different; the first one's answer, greedy, has at least this many tokens.
+    prompts: ClassVar[tuple[str, ...]] = ("Tell me about rivers.", "What is rye bread?", "Name a tree.")
+    num_sure_tokens: ClassVar[int] = 16
+
+    @property
+    def long_answer(self) -> GenerateRequest:
+        """A request whose answer takes a while."""
+        return self.ask(self.prompts[0])
+
+    def ask(self, text: str, threshold: Threshold = ZERO, sampling: Sampling = GREEDY) -> GenerateRequest:
+        """A request of one user message."""
+        return GenerateRequest((Message("user", text),), threshold, sampling)
+
+    def thresholds(self, engine: Engine) -> list[Threshold]:
+        """Every named level's threshold, and one that is only a number."""
+        levels = engine.describe().levels
+        return [*(level.threshold for level in levels), levels.parse(levels.largest_number).threshold]
+
+    pytestmark = pytest.mark.anyio
+
+    async def test_describe_is_constant_and_complete(self, engine: Engine) -> None:
+        info = engine.describe()
+        assert info == engine.describe()
+        assert info.model_id and info.max_model_len > 0 and info.details
+        assert int(info.mask_digest, 16) >= 0
+
+    async def test_a_new_engine_is_ready_and_idle(self, closable_engine: Engine) -> None:
+        state = closable_engine.healthy()
+        assert state.ready and state.reason == ""
+        assert is_idle(closable_engine)
+
+    async def test_counts_are_totals_and_the_last_output_says_why_it_ended(self, engine: Engine) -> None:
+        outputs = await collect(engine.generate(self.ask(self.prompts[0])))
+        assert [output.finish_reason is None for output in outputs] == [True] * (len(outputs) - 1) + [False]
+        total = 0
+        for output in outputs:
+            total += len(output.token_ids)
+            assert output.num_completion_tokens == total
+        assert len({output.num_prompt_tokens for output in outputs}) == 1
+        assert outputs[0].num_prompt_tokens > 0
+
+    async def test_text_comes_in_pieces_that_are_whole_characters(self, engine: Engine) -> None:
+        outputs = await collect(engine.generate(self.ask(self.prompts[0])))
+        text = "".join(output.text for output in outputs)
+        assert text and "\ufffd" not in text
+
+    @pytest.mark.parametrize("max_tokens", [1, 2, 7])
+    async def test_max_tokens_is_exact_and_finishes_with_length(
+        self, engine: Engine, max_tokens: int
+    ) -> None:
+        assert max_tokens < self.num_sure_tokens
+        whole = await collect(engine.generate(self.long_answer))
+        cut = await collect(engine.generate(replace(self.long_answer, max_tokens=max_tokens)))
+        assert tokens(cut) == tokens(whole)[:max_tokens]
+        assert cut[-1].finish_reason == "length"
+
+    async def test_the_context_ends_an_answer_that_has_no_limit_of_its_own(self, engine: Engine) -> None:
+        outputs = await collect(engine.generate(self.long_answer))
+        last = outputs[-1]
+        assert last.num_prompt_tokens + last.num_completion_tokens <= engine.describe().max_model_len
+
+    async def test_a_prompt_longer_than_the_context_is_refused(self, engine: Engine) -> None:
+        text = "word " * engine.describe().max_model_len
+        with pytest.raises(PromptError, match=str(engine.describe().max_model_len)):
+            await collect(engine.generate(self.ask(text)))
+        await until(lambda: is_idle(engine))
+
+    async def test_a_prompt_that_leaves_no_room_for_max_tokens_is_refused(self, engine: Engine) -> None:
+        request = replace(self.ask(self.prompts[0]), max_tokens=engine.describe().max_model_len)
+        with pytest.raises(PromptError, match=str(engine.describe().max_model_len)):
+            await collect(engine.generate(request))
+
+    async def test_an_empty_conversation_is_refused(self, engine: Engine) -> None:
+        with pytest.raises(PromptError):
+            await collect(engine.generate(GenerateRequest((), ZERO)))
+
+    async def test_greedy_answers_repeat_whatever_the_seed(self, engine: Engine) -> None:
+        answers = {
+            tokens(await collect(engine.generate(self.ask(self.prompts[1], sampling=sampling))))
+            for sampling in (GREEDY, GREEDY, replace(GREEDY, seed=1), replace(GREEDY, seed=2, top_k=5))
+        }
+        assert len(answers) == 1
+
+    async def test_a_seed_repeats_beside_other_traffic(self, engine: Engine) -> None:
+        seeded = self.ask(self.prompts[0], sampling=Sampling(temperature=1.0, seed=-(2**63)))
+        alone = tokens(await collect(engine.generate(seeded)))
+        others = [self.ask(text, sampling=Sampling(temperature=1.3)) for text in self.prompts * 2]
+        answers = await asyncio.gather(
+            *(collect(engine.generate(request)) for request in (*others, seeded, *others))
+        )
+        assert tokens(answers[len(others)]) == alone
+
+    async def test_different_seeds_and_no_seeds_differ(self, engine: Engine) -> None:
+        samplings = [Sampling(seed=1), Sampling(seed=2), Sampling(), Sampling()]
+        answers = await asyncio.gather(
+            *(collect(engine.generate(self.ask(self.prompts[0], sampling=one))) for one in samplings)
+        )
+        assert len({tokens(answer) for answer in answers}) > 1
+
+    async def test_thresholds_side_by_side_answer_as_they_do_alone(self, engine: Engine) -> None:
+        requests = [self.ask(text, one) for text in self.prompts for one in self.thresholds(engine)]
+        alone = [tokens(await collect(engine.generate(request))) for request in requests]
+        together = await asyncio.gather(*(collect(engine.generate(request)) for request in requests))
+        assert [tokens(answer) for answer in together] == alone
+
+    async def test_closing_before_the_first_output_leaves_nothing_behind(self, engine: Engine) -> None:
+        await engine.generate(self.long_answer).aclose()
+        await until(lambda: is_idle(engine))
+
+    async def test_closing_in_the_middle_leaves_nothing_behind(self, engine: Engine) -> None:
+        outputs = engine.generate(self.long_answer)
+        await anext(outputs)
+        await outputs.aclose()
+        await until(lambda: is_idle(engine))
+
+    async def test_cancelling_whoever_waits_leaves_nothing_behind(self, engine: Engine) -> None:
+        started = asyncio.Event()
+
+        async def consume() -> None:
+            async for _ in engine.generate(self.long_answer):
+                started.set()
+
+        consumer = asyncio.create_task(consume())
+        await asyncio.wait_for(started.wait(), TIMEOUT_SECONDS)
+        consumer.cancel()
+        await asyncio.wait({consumer})
+        await until(lambda: is_idle(engine))
+
+    async def test_a_closed_iterator_does_not_disturb_the_others(self, engine: Engine) -> None:
+        alone = tokens(await collect(engine.generate(self.ask(self.prompts[1]))))
+        left = engine.generate(self.long_answer)
+        await anext(left)
+        beside = asyncio.create_task(collect(engine.generate(self.ask(self.prompts[1]))))
+        await left.aclose()
+        assert tokens(await beside) == alone
+
+    async def test_close_ends_what_runs_and_refuses_what_comes(self, closable_engine: Engine) -> None:
+        running = closable_engine.generate(self.long_answer)
+        await anext(running)
+        await closable_engine.close()
+        with pytest.raises(EngineUnavailableError):
+            await collect(running)
+        with pytest.raises(EngineUnavailableError):
+            await collect(closable_engine.generate(self.long_answer))
+        state = closable_engine.healthy()
+        assert not state.ready and state.reason
+        assert is_idle(closable_engine)
+
+    async def test_close_twice_is_close_once(self, closable_engine: Engine) -> None:
+        await closable_engine.close()
+        await closable_engine.close()
+        assert not closable_engine.healthy().ready

@@ -1,0 +1,286 @@
+"""The embedded engine: mixed levels in one batch, each request as if it were alone."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modulation.demo.shipped import MASK_FILE, MODEL_FOLDER
+from modulation.errors import MaskMismatchError, ModelError
+from modulation.levels import ZERO, Threshold
+from modulation.masks import Mask
+from modulation.modulator import Modulator
+from server.engines.base import EngineUnavailableError, GenerateRequest, Message, Sampling
+from server.engines.transformers import TransformersEngine
+from tests.engines.contract import GREEDY, EngineContract, collect, is_idle, tokens, until
+from tests.tiny_models import random_mask, save_mask, tiny_chat_folder, tiny_model
+
+pytestmark = pytest.mark.anyio
+
+THRESHOLDS = (ZERO, Threshold(12, 9), Threshold(6, 3), Threshold(1, 9), Threshold(5, 0), Threshold(0, 4))
+LONG_SYSTEM = Message("system", "Rules of this house, read them with care. " * 15)  # more than 600 bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte tokenizer, and a mask of strong factors: every level shows."""
+    path = tiny_chat_folder(tmp_path_factory.mktemp("tiny"))
+    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(path)), path)
+    return path
+
+
+@asynccontextmanager
+async def serving(folder: Path, **settings: Any) -> AsyncIterator[TransformersEngine]:
+    engine = TransformersEngine(
+        str(folder), folder / "mask.safetensors", served_model_name="tiny", **settings
+    )
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def ask(
+    text: str, threshold: Threshold = ZERO, sampling: Sampling = GREEDY, **fields: Any
+) -> GenerateRequest:
+    return GenerateRequest((Message("user", text),), threshold, sampling, **{"max_tokens": 24, **fields})
+
+
+def oracle(folder: Path, requests: list[GenerateRequest]) -> list[tuple[int, ...]]:
+    """Each request alone, by plain `generate`; off without any hook at all."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mask = Mask.load(folder / "mask.safetensors")
+    answers = []
+    for request in requests:
+        turns = [{"role": each.role, "content": each.content} for each in request.messages]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompt = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        settings = {"max_new_tokens": request.max_tokens, "do_sample": False}
+        if request.threshold == ZERO:
+            answer = model.generate(prompt, **settings)
+        else:
+            with Modulator(model, mask).applied(request.threshold):
+                answer = model.generate(prompt, **settings)
+        answers.append(tuple(answer[0, prompt.shape[1] :].tolist()))
+    return answers
+
+
+@pytest.mark.parametrize("system", [None, LONG_SYSTEM], ids=["short", "shared system prompt"])
+async def test_24_requests_at_six_levels_answer_as_each_does_alone(
+    folder: Path, system: Message | None
+) -> None:
+    # Prompts repeat across levels, so a prefix that crossed levels would be found here.
+    requests = [ask(f"question {i // 6}" + "!" * (i // 6 * 40), THRESHOLDS[i % 6]) for i in range(24)]
+    if system is not None:
+        requests = [replace(each, messages=(system, *each.messages)) for each in requests]
+    random.Random(0).shuffle(requests)
+    async with serving(folder) as engine:
+        together = await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
+        again = await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
+        alone = [tokens(await collect(engine.generate(each))) for each in requests]
+    expected = oracle(folder, requests)
+    assert len(set(expected)) > 12, "levels and prompts must make a difference for this test to"
+    assert [tokens(each) for each in together] == expected
+    assert [tokens(each) for each in again] == expected
+    assert alone == expected
+
+
+async def test_prefixes_are_shared_within_a_level_and_never_across(folder: Path) -> None:
+    """The cache is asked how much it found, so that sharing nothing at all would show too."""
+    found: list[int] = []
+    async with serving(folder) as engine:
+        cache = engine._manager.batch_processor.cache
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda *args: found.append(search(*args)) or found[-1]
+        for threshold in (ZERO, ZERO, Threshold(1, 9), Threshold(9, 1), Threshold(1, 9)):
+            text = f"{threshold} at last"
+            request = replace(ask(text, threshold), messages=(LONG_SYSTEM, Message("user", text)))
+            await collect(engine.generate(request))
+    assert found[0] == found[2] == found[3] == 0
+    assert found[1] >= 600 and found[4] >= 600
+
+
+async def test_prefix_sharing_can_be_switched_off(folder: Path) -> None:
+    request = replace(ask("hello"), messages=(LONG_SYSTEM, Message("user", "hello")))
+    async with serving(folder, prefix_caching=False) as engine:
+        assert not engine._manager.batch_processor.cache.use_prefix_sharing
+        answers = {tokens(await collect(engine.generate(request))) for _ in range(2)}
+    assert answers == set(oracle(folder, [request]))
+
+
+async def test_a_seed_gives_one_text_whatever_runs_beside_it(folder: Path) -> None:
+    settings = [
+        Sampling(temperature=1.0, seed=7),
+        Sampling(temperature=0.7, seed=2**63 - 1, top_k=20),
+        Sampling(temperature=1.3, seed=-5, top_p=0.8),
+        Sampling(temperature=1.0, seed=0, top_k=9, top_p=0.5),
+    ]
+    seeded = [ask("tell me", THRESHOLDS[i], each) for i, each in enumerate(settings)]
+    noise = [ask(f"other {i}", THRESHOLDS[i % 6], Sampling(temperature=i / 4, top_k=i)) for i in range(8)]
+    async with serving(folder) as engine:
+        alone = [tokens(await collect(engine.generate(each))) for each in seeded]
+        for _ in range(2):
+            mixed = [*noise, *seeded, *noise]
+            together = await asyncio.gather(*(collect(engine.generate(each)) for each in mixed))
+            assert [tokens(each) for each in together[8:12]] == alone
+    assert len(set(alone)) == 4
+
+
+async def test_greedy_rows_are_not_touched_by_sampled_neighbours(folder: Path) -> None:
+    greedy = ask("hello", THRESHOLDS[2])
+    noise = [ask("hello", THRESHOLDS[2], Sampling(temperature=2.0, top_k=2, top_p=0.1)) for _ in range(3)]
+    async with serving(folder) as engine:
+        answers = await asyncio.gather(*(collect(engine.generate(each)) for each in [*noise, greedy]))
+    assert [tokens(answers[-1])] == oracle(folder, [greedy])
+
+
+async def test_a_cache_too_small_for_everybody_still_answers_everybody_right(folder: Path) -> None:
+    """Requests are evicted and start over; threshold, seed and position must survive that."""
+    requests = [
+        ask(f"evict {i} " + "?" * 90, THRESHOLDS[i % 6], sampling, max_tokens=120)
+        for i in range(8)
+        for sampling in (GREEDY, Sampling(seed=i))
+    ]
+    async with serving(folder, kv_cache_tokens=640, max_model_len=320) as small:
+        reset = small._manager.batch_processor.offloading_manager
+        evicted: list[bool] = []
+        offload = reset.offload_requests
+        reset.offload_requests = lambda: evicted.append(offload()) or evicted[-1]
+        tight = await asyncio.gather(*(collect(small.generate(each)) for each in requests))
+    async with serving(folder, max_model_len=320) as large:
+        roomy = [tokens(await collect(large.generate(each))) for each in requests]
+    assert any(evicted), "nothing was evicted: the cache of this test is too large"
+    assert [tokens(each) for each in tight] == roomy
+
+
+async def test_when_the_loop_dies_requests_end_with_an_error_and_the_engine_says_so(folder: Path) -> None:
+    async with serving(folder) as engine:
+        running = engine.generate(ask("hello", max_tokens=1000))
+        await anext(running)
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("a step went wrong")
+
+        engine._manager.batch_processor.model_runner.compute_batch = fail
+        with pytest.raises(EngineUnavailableError, match="a step went wrong"):
+            await collect(running)
+        await until(lambda: not engine.healthy().ready)
+        assert "a step went wrong" in engine.healthy().reason
+        with pytest.raises(EngineUnavailableError):
+            await collect(engine.generate(ask("hello")))
+
+
+async def test_a_step_without_thresholds_is_refused_not_served_unmodulated(folder: Path) -> None:
+    async with serving(folder) as engine:
+        engine._modulator.set_thresholds = lambda _thresholds: None
+        with pytest.raises(EngineUnavailableError, match="unmodulated"):
+            await collect(engine.generate(ask("hello")))
+
+
+async def test_nothing_of_a_request_is_kept_after_it(folder: Path) -> None:
+    async with serving(folder) as engine:
+        for _ in range(3):
+            left = engine.generate(ask("hello", max_tokens=500))
+            await anext(left)
+            await left.aclose()
+            await collect(engine.generate(ask("hello")))
+        await until(lambda: is_idle(engine))
+        assert not engine._open
+        assert not engine._manager.output_router.result_handlers
+        assert engine._manager.output_router.output_queue.empty()
+        blocks = engine._manager.batch_processor.cache.cache_allocators["full_attention"].block_table
+        assert not blocks
+
+
+def test_a_mask_for_another_model_stops_the_engine_from_being_made(folder: Path, tmp_path: Path) -> None:
+    other = save_mask(random_mask(tiny_model(seed=5)), tmp_path)
+    with pytest.raises(MaskMismatchError):
+        TransformersEngine(str(folder), other, served_model_name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 4096}, "max_model_len 4096 is more than the model's context of 2048"),
+        ({"kv_cache_tokens": 256, "max_model_len": 512}, "cannot hold one request of 512"),
+        ({"device": "cuda"}, "no CUDA device"),
+    ],
+)
+def test_sizes_that_cannot_be_served_are_refused(
+    folder: Path, settings: dict[str, Any], message: str
+) -> None:
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ModelError, match=message):
+        TransformersEngine(str(folder), folder / "mask.safetensors", served_model_name="tiny", **settings)
+
+
+@pytest.mark.parametrize(
+    "missing", ["tokenizer.json", "chat_template.jinja", "model.safetensors", "config.json"]
+)
+def test_a_folder_that_lacks_a_file_is_refused_in_one_line(
+    folder: Path, tmp_path: Path, missing: str
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        if file.name != missing:
+            (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError) as caught:
+        TransformersEngine(str(broken), folder / "mask.safetensors", served_model_name="tiny")
+    assert str(broken) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ModelError, match=r"'/no/such/model' does not exist"):
+        TransformersEngine("/no/such/model", MASK_FILE, served_model_name="tiny")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi3", "qwen3"])
+async def test_other_families_answer_as_plain_generate_does(family: str, tmp_path: Path) -> None:
+    tiny_chat_folder(tmp_path, family)
+    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(tmp_path)), tmp_path)
+    requests = [ask(f"question {i}" * (i + 1), THRESHOLDS[i]) for i in range(6)]
+    async with serving(tmp_path) as engine:
+        answers = await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
+    assert [tokens(each) for each in answers] == oracle(tmp_path, requests)
+
+
+@pytest.mark.parametrize("family", ["falcon", "stablelm"])
+def test_a_family_that_cannot_be_batched_is_refused_at_the_start(family: str, tmp_path: Path) -> None:
+    """Their attention in transformers 5.23 does not go through the registry that batching needs."""
+    tiny_chat_folder(tmp_path, family)
+    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(tmp_path)), tmp_path)
+    with pytest.raises(ModelError, match="cannot run in transformers' continuous batching"):
+        TransformersEngine(str(tmp_path), tmp_path / "mask.safetensors", served_model_name="tiny")
+
+
+@pytest.mark.skipif(not MASK_FILE.exists(), reason="the demo mask is not made yet")
+class TestTransformersEngine(EngineContract):
+    """The contract, with the shipped demo model."""
+
+    prompts = ("How do I bake bread?", "How can I fix a flat tire?", "Who are you?")
+    num_sure_tokens = 8
+
+    @pytest.fixture(scope="class")
+    def engine(self) -> Iterator[TransformersEngine]:
+        engine = self.new()
+        yield engine
+        asyncio.run(engine.close())
+
+    @pytest.fixture
+    def closable_engine(self) -> Iterator[TransformersEngine]:
+        engine = self.new()
+        yield engine
+        asyncio.run(engine.close())
+
+    def new(self) -> TransformersEngine:
+        return TransformersEngine(str(MODEL_FOLDER), MASK_FILE, served_model_name="demo")
