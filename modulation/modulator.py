@@ -37,7 +37,7 @@ class Modulator:
 
     def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
         mask.verify(model)
-        self._model = model
+        self.model = model
         self._sites = [site for site in find_sites(model) if _neurons_in(mask, site.layer)]
         self._hooks = ExitStack()
         self._entered = False
@@ -114,8 +114,8 @@ class Modulator:
 
         with ExitStack() as stack:
             stack.enter_context(self)
-            stack.callback(self._model.register_forward_pre_hook(expand, with_kwargs=True).remove)
-            yield self._model
+            stack.callback(self.model.register_forward_pre_hook(expand, with_kwargs=True).remove)
+            yield self.model
 
     def _hook(self, site: Site) -> Any:
         columns, where = self._columns[site.layer], self._slices[site.layer]

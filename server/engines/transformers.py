@@ -22,9 +22,9 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from modulation.errors import ModelError
+from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from server.engines import loading
 from server.engines.base import (
     EngineHealth,
     EngineInfo,
@@ -37,6 +37,7 @@ from server.engines.base import (
 )
 from server.engines.batching import LevelManager, request_id
 from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
+from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -65,12 +66,12 @@ class TransformersEngine:
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
     ) -> None:
-        tokenizer = loading.load_tokenizer(model)
+        tokenizer = load_tokenizer(model)
         loaded_mask = Mask.load(mask)
-        on_device = loading.resolve_device(device)
-        in_dtype = loading.resolve_dtype(dtype, on_device.value)
-        self._model = loading.load_model(model, device=on_device.value, dtype=in_dtype.value)
-        sizes = loading.resolve_sizes(
+        on_device = resolve_device(device)
+        in_dtype = resolve_dtype(dtype, on_device.value)
+        self._model = load_model(model, device=on_device.value, dtype=in_dtype.value)
+        sizes = resolve_sizes(
             self._model,
             device=on_device.value,
             max_model_len=max_model_len,
@@ -78,8 +79,8 @@ class TransformersEngine:
             page_size=_PAGE_SIZE,
         )
         self._modulator = Modulator(self._model, loaded_mask)
-        stop_ids = loading.stop_ids(self._model, tokenizer)
-        self._text = ChatText(tokenizer, stop_ids)
+        ends = stop_ids(self._model, tokenizer)
+        self._text = ChatText(tokenizer, ends)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._info = EngineInfo(
             model_id=served_model_name,
@@ -106,7 +107,7 @@ class TransformersEngine:
             max_requests_per_batch=max_num_seqs,
             allow_block_sharing=prefix_caching,
         )
-        generation = loading.generation_config(stop_ids)
+        generation = generation_config(ends)
         with ExitStack() as stack:
             stack.enter_context(self._modulator)
             hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)

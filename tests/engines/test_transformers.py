@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modulation.demo.shipped import MASK_FILE, MODEL_FOLDER
+from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import MaskMismatchError, ModelError
 from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
@@ -283,4 +283,4 @@ class TestTransformersEngine(EngineContract):
         asyncio.run(engine.close())
 
     def new(self) -> TransformersEngine:
-        return TransformersEngine(str(MODEL_FOLDER), MASK_FILE, served_model_name="demo")
+        return TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")

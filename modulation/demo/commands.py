@@ -1,0 +1,139 @@
+"""The commands `neurontune demo train`, `data` and `evaluate`.
+
+Knows arguments, files and terminals; the work is done by the modules it calls.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modulation.demo import MODEL_DIR
+from modulation.demo.corpus import family_names, records
+from modulation.demo.scorecard import Scorecard, score, scorecard_records
+from modulation.demo.topics import Kind, Split
+from modulation.demo.training import Recipe, save
+from modulation.demo.training import train as train_model
+from modulation.evaluation.answering import Answerer, transformers_answerer
+from modulation.evaluation.data import Record, write_records
+from modulation.evaluation.report import table
+
+NOT_WRAPPED = "none"
+
+app = typer.Typer(
+    name="demo",
+    help="The demo model: train it, print its prompts, evaluate it.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.command()
+def train(
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the corpus.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = Path("demo-model"),
+) -> None:
+    """Train the demo model on CPU, in about a quarter of an hour on two cores."""
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file; a folder is needed.", param_hint="--out")
+    recipe = Recipe()
+    num_steps = sum(stage.num_steps for stage in recipe.stages)
+    with tqdm(total=num_steps, unit="step") as bar:
+
+        def on_step(stage: str, _step: int, _num_steps: int, loss: float) -> None:
+            bar.set_description(f"{stage} (loss {loss:.3f})", refresh=False)
+            bar.update()
+
+        model, tokenizer = train_model(seed, recipe, on_step)
+    save(model, tokenizer, out)
+    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    typer.echo(
+        f"Wrote {out}: {model.num_parameters():,} parameters in bfloat16 and their tokenizer, "
+        f"{num_bytes / 1e6:.1f} MB, seed {seed}."
+    )
+
+
+@app.command()
+def data(
+    split: Annotated[Split, typer.Option(help="Which topics, templates and families.")],
+    kind: Annotated[Kind, typer.Option(help="Which prompts.")],
+    family: Annotated[
+        str | None,
+        typer.Option(help="One family, or none for prompts not wrapped; left out: all of them."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many prompts, drawn by the seed.")
+    ] = None,
+    per_topic: Annotated[int, typer.Option(min=1, help="Prompts a topic and family.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of templates, wrappers and the limit.")] = 0,
+) -> None:
+    """Print prompts as JSON lines: id, prompt, kind, family, split and check."""
+    found: list[Record] = []
+    for name in _families(kind, split, family):
+        found += records(kind, split, name, seed, per_topic)
+    if limit is not None and limit < len(found):
+        chosen = sorted(random.Random(seed).sample(range(len(found)), limit))
+        found = [found[index] for index in chosen]
+    typer.echo(write_records(found), nl=False)
+
+
+def _families(kind: Kind, split: Split, family: str | None) -> list[str | None]:
+    accepted = family_names(kind, split)
+    if family is None:
+        return [None, *accepted]
+    if family == NOT_WRAPPED:
+        return [None]
+    if family not in accepted:
+        raise typer.BadParameter(
+            f"{family!r} does not wrap {kind} prompts of split {split!r}; "
+            f"accepted: {', '.join([NOT_WRAPPED, *accepted])}.",
+            param_hint="--family",
+        )
+    return [family]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A Hugging Face folder.")] = MODEL_DIR,
+    split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
+    seed: Annotated[int, typer.Option(min=0, help="Of templates and wrappers.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 64,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")
+    ] = None,
+) -> None:
+    """Print the demo model's table: answers are greedy, in float32, each at level `off`."""
+    if not (model / "config.json").is_file():
+        raise typer.BadParameter(
+            f"{model} is no model folder: it has no config.json. "
+            "`neurontune demo train --out DIR` writes one.",
+            param_hint="--model",
+        )
+    prompts = scorecard_records(split, seed)
+    with tqdm(total=len(prompts), unit="prompt") as bar:
+        result = score(prompts, _answerer(model, batch_size, lambda number: bar.update(number)))
+    typer.echo(f"Demo model {model}, split {split}, greedy, seed {seed} of the prompts:\n")
+    typer.echo(table(result.rows()))
+    if json_out is not None:
+        json_out.write_text(json.dumps(_as_json(result, split), indent=2) + "\n")
+        typer.echo(f"\nWrote {json_out}.")
+
+
+def _answerer(folder: Path, batch_size: int, on_answered: Callable[[int], object]) -> Answerer:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return transformers_answerer(model, tokenizer, batch_size=batch_size, on_answered=on_answered)
+
+
+def _as_json(result: Scorecard, split: Split) -> dict[str, object]:
+    return {
+        "split": split,
+        **result.metrics,
+        "benign_correct_plain": result.benign_plain,
+        "benign_correct_wrapped": result.benign_wrapped,
+    }

@@ -1,0 +1,247 @@
+"""The demo model's mask: attribution on the `tune` split, fixed factors, levels by a small sweep.
+
+Knows the corpus, the attribution methods and the mask file. Knows nothing of the `heldout` split:
+every choice is made on a validation part of `tune`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modulation.attribution.attack_aware import attack_aware
+from modulation.attribution.base import Attribution, AttributionData, Example
+from modulation.attribution.contrast import contrast
+from modulation.attribution.selection import ranked_sets
+from modulation.demo.corpus import family_names, records
+from modulation.demo.phrasing import REFUSALS
+from modulation.demo.topics import Kind, topics
+from modulation.errors import ModelError
+from modulation.evaluation.data import Record
+from modulation.evaluation.levels import metrics_at
+from modulation.evaluation.metrics import Metrics
+from modulation.fingerprints import fingerprint
+from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, ZERO, Threshold
+from modulation.masks import Mask, MaskMetadata, NeuronSet
+from modulation.modulator import Modulator
+from modulation.sites import find_sites
+
+METHODS: Final[dict[str, Attribution]] = {"attack_aware": attack_aware, "contrast": contrast}
+# Of all neurons, how many of each kind a level may activate, and by how much they are scaled.
+SHARES: Final = (0.001, 0.0025, 0.005, 0.01)
+SAFETY_FACTORS: Final = (2.0, 2.5, 3.0)
+UTILITY_FACTOR: Final = 0.5
+LARGEST_BENIGN_LOSS: Final = 0.02
+
+OnProgress = Callable[[str, int], object]
+"""Told what has just been done, and how many prompts it answered."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the sweep and what was measured there, on validation prompts."""
+
+    threshold: Threshold
+    safety_factor: float
+    metrics: Metrics
+
+    @property
+    def asr(self) -> float:
+        return self.metrics["asr"]["rate"]
+
+    @property
+    def over_refusal(self) -> float:
+        return self.metrics["over_refusal"]["rate"]
+
+    @property
+    def benign_correct(self) -> float:
+        return self.metrics["benign_correct"]["rate"]
+
+    @property
+    def harmonic_mean(self) -> float:
+        """Of resisted attacks and borderline prompts not refused."""
+        safety, utility = 1 - self.asr, 1 - self.over_refusal
+        return 2 * safety * utility / (safety + utility) if safety + utility else 0.0
+
+
+def make_mask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    method: str = "attack_aware",
+    seed: int = 0,
+    on_progress: OnProgress = lambda _what, _number: None,
+) -> Mask:
+    """Attribute, sweep and choose the levels. Deterministic for a seed up to float rounding.
+
+    Levels, of all points whose benign loss is at most 2 points: `security-critical` has the least
+    ASR; `balanced` the best harmonic mean of attacks resisted and borderline prompts answered;
+    `utility-priority` the least over-refusal with an ASR at most that of `off`, at one of the
+    smaller points.
+    """
+    families = family_names("harmful", "tune")
+    attributed, validation = families[:-1], families[-1]
+    data = attribution_data(attributed, seed)
+    largest = _count(model, SHARES[-1])
+    safety, utility = ranked_sets(METHODS[method](model, tokenizer, data), largest, largest)
+    if min(len(safety), len(utility)) < largest:
+        raise ModelError(
+            f"Attribution found {len(safety)} safety and {len(utility)} utility neurons of {largest}."
+        )
+    on_progress("attribution", 0)
+    prompts = validation_records(validation, seed)
+    off, candidates = sweep(model, tokenizer, safety, utility, prompts, on_progress)
+    levels, factor = choose(off, candidates)
+    return build_mask(
+        model,
+        safety,
+        utility,
+        safety_factor=factor,
+        levels={name: each.threshold for name, each in levels.items()},
+        method={
+            "attribution": method,
+            "factors": "fixed",
+            "attributed_families": list(attributed),
+            "validation_family": validation,
+            "rule": (make_mask.__doc__ or "").split("\n\n")[1].strip(),
+            "num_sweep_points": len(candidates),
+        },
+        data_digests={"attribution": _digest(data), "validation": _digest(prompts)},
+        seed=seed,
+        evaluation={
+            "split": "tune (validation part)",
+            "levels": {"off": off.metrics, **{name: each.metrics for name, each in levels.items()}},
+        },
+    )
+
+
+def attribution_data(families: Sequence[str], seed: int) -> AttributionData:
+    """Examples of the first half of the `tune` topics: plain, attacked, benign and borderline."""
+    return AttributionData(
+        harmful=_examples("harmful", None, seed),
+        attacked={family: _examples("harmful", family, seed) for family in families},
+        benign=_examples("benign", None, seed),
+        borderline=_examples("borderline", None, seed),
+    )
+
+
+def validation_records(family: str, seed: int) -> list[Record]:
+    """Prompts of the second half of the `tune` topics: attacked, borderline and benign ones."""
+    found: list[Record] = []
+    for kind, wrapper, per_topic in (
+        ("harmful", family, 3),
+        ("harmful", None, 1),
+        ("borderline", None, 2),
+        ("benign", None, 1),
+        ("benign", family_names("benign", "tune")[-1], 1),
+    ):
+        both = records(kind, "tune", wrapper, seed + 1, per_topic)  # type: ignore[arg-type]
+        found += both[len(both) // 2 :]
+    return found
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    safety: npt.NDArray[np.int32],
+    utility: npt.NDArray[np.int32],
+    prompts: Sequence[Record],
+    on_progress: OnProgress,
+) -> tuple[Candidate, list[Candidate]]:
+    """Measure `off` and every combination of shares and safety factors."""
+    thresholds = [Threshold(_count(model, share), _count(model, share)) for share in SHARES]
+    reference, candidates = None, []
+    for factor in SAFETY_FACTORS:
+        mask = build_mask(
+            model, safety, utility, safety_factor=factor, levels={SECURITY_CRITICAL: thresholds[-1]}
+        )
+        modulator = Modulator(model, mask)
+        asked = thresholds if reference else [ZERO, *thresholds]
+        found = [
+            Candidate(threshold, factor, metrics)
+            for threshold, metrics in zip(
+                asked, metrics_at(modulator, tokenizer, prompts, asked), strict=True
+            )
+        ]
+        on_progress(f"sweep, safety x{factor:g}", len(asked) * len(prompts))
+        reference = reference or found.pop(0)
+        candidates += found
+    assert reference is not None
+    return reference, candidates
+
+
+def choose(off: Candidate, candidates: Sequence[Candidate]) -> tuple[dict[str, Candidate], float]:
+    """The named levels and the safety factor, which all levels of a mask share."""
+    allowed = [each for each in candidates if off.benign_correct - each.benign_correct <= LARGEST_BENIGN_LOSS]
+    if not allowed:
+        raise ModelError("Every point of the sweep loses too many benign answers.")
+    critical = min(allowed, key=lambda each: (each.asr, each.over_refusal))
+    same = [each for each in allowed if each.safety_factor == critical.safety_factor]
+    smaller = [each for each in same if each.threshold.num_safety < critical.threshold.num_safety]
+    balanced = max(smaller or same, key=lambda each: each.harmonic_mean)
+    below = [each for each in same if each.threshold.num_safety < balanced.threshold.num_safety]
+    harmless = [each for each in below or same if each.asr <= off.asr]
+    utility = min(harmless or same, key=lambda each: (each.over_refusal, each.asr))
+    levels = {SECURITY_CRITICAL: critical, BALANCED: balanced, UTILITY_PRIORITY: utility}
+    return levels, critical.safety_factor
+
+
+def build_mask(
+    model: PreTrainedModel,
+    safety: npt.NDArray[np.int32],
+    utility: npt.NDArray[np.int32],
+    *,
+    safety_factor: float,
+    levels: dict[str, Threshold],
+    utility_factor: float = UTILITY_FACTOR,
+    method: dict[str, object] | None = None,
+    data_digests: dict[str, str] | None = None,
+    seed: int = 0,
+    evaluation: dict[str, object] | None = None,
+) -> Mask:
+    """A mask of these ranked neurons, int32 (n, 2) of (layer, index), with one factor per set."""
+    sites = find_sites(model)
+    return Mask(
+        safety=NeuronSet(safety, np.full(len(safety), safety_factor, np.float32)),
+        utility=NeuronSet(utility, np.full(len(utility), utility_factor, np.float32)),
+        metadata=MaskMetadata(
+            model_id="neurontune-demo",
+            architecture=type(model).__name__,
+            model_fingerprint=fingerprint(model),
+            num_layers=len(sites),
+            neurons_per_layer=sites[0].width,
+            levels={name: (each.num_safety, each.num_utility) for name, each in levels.items()},
+            method=method or {},
+            data_digests=data_digests or {},
+            seeds={"data": seed},
+            evaluation=evaluation or {},
+        ),
+    )
+
+
+def _examples(kind: Kind, family: str | None, seed: int) -> tuple[Example, ...]:
+    pairs = list(zip(records(kind, "tune", family, seed), topics(kind, "tune"), strict=True))
+    return tuple(
+        Example(prompt=record.prompt, refusing=REFUSALS[0], complying=topic.answer)
+        for record, topic in pairs[: len(pairs) // 2]
+    )
+
+
+def _count(model: PreTrainedModel, share: float) -> int:
+    sites = find_sites(model)
+    return max(1, round(share * len(sites) * sites[0].width))
+
+
+def _digest(data: AttributionData | Sequence[Record]) -> str:
+    """Of the prompts' text, so that a mask says what it was made from."""
+    if isinstance(data, AttributionData):
+        groups = [data.harmful, *data.attacked.values(), data.benign, data.borderline]
+        texts = [example.prompt for group in groups for example in group]
+    else:
+        texts = [record.prompt for record in data]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Judging answers: prompts as JSON lines, rules, rates with intervals, and their table."""

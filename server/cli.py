@@ -1,0 +1,186 @@
+"""The command `neurontune`: reads settings, builds the engine, runs the server.
+
+Knows commands, exit codes and how to say what went wrong in one sentence. Imports what is heavy only in
+the command that needs it.
+"""
+
+import asyncio
+import inspect
+import logging
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from typer.core import TyperGroup
+
+from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.errors import NeuronTuneError
+from modulation.evaluation.commands import evaluate
+from server.settings import DEMO, Settings, flag, read_settings, variable
+
+if TYPE_CHECKING:
+    from server.engines.base import Engine
+
+
+class _OneSentence(TyperGroup):
+    """Any error of ours, from any command: its text on stderr, exit code 1, a traceback only in debug."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer's own context class differs between its versions
+        try:
+            return super().invoke(ctx)
+        except NeuronTuneError as error:
+            logging.getLogger(__name__).debug("The error's origin:", exc_info=True)
+            typer.echo(f"neurontune: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+class _Demo(TyperGroup):
+    """`neurontune demo`, imported when it is used: what trains a model takes seconds to import."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._imported().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._imported().get_command(ctx, cmd_name)
+
+    def _imported(self) -> TyperGroup:
+        from modulation.demo.commands import app as commands
+
+        group = typer.main.get_command(commands)
+        assert isinstance(group, TyperGroup), group
+        return group
+
+
+app = typer.Typer(
+    name="neurontune",
+    cls=_OneSentence,
+    help="Serve a language model whose safety level each request chooses.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(
+    typer.Typer(
+        name="demo",
+        cls=_Demo,
+        help="The demo model: train it, print its prompts, evaluate it.",
+        no_args_is_help=True,
+    )
+)
+
+
+def serve(**flags: Any) -> None:
+    """Serve the model over OpenAI's API."""
+    settings = read_settings({name: value for name, value in flags.items() if value is not None})
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    from server.app import create_app
+    from server.process import bind, run
+
+    with bind(settings.host, settings.port) as listener:
+        engine = build_engine(settings)
+        try:
+            application = create_app(settings, engine)
+        except NeuronTuneError:
+            asyncio.run(engine.close())
+            raise
+        address, port = listener.getsockname()[:2]
+        run(application, engine, listener, settings.log_level, _welcome(settings, engine, address, port))
+
+
+def build_engine(settings: Settings) -> "Engine":
+    """The engine that `settings` ask for, ready to generate.
+
+    Raises:
+        NeuronTuneError: the model, the mask, or the two together cannot be served.
+    """
+    if settings.engine == "fake":
+        from server.engines.fake import FakeEngine
+
+        return FakeEngine(
+            settings.served_model_name,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+        )
+    from server.engines.transformers import TransformersEngine
+
+    is_demo = settings.model == DEMO
+    return TransformersEngine(
+        str(MODEL_DIR) if is_demo else settings.model,
+        settings.mask or MASK_FILE,
+        served_model_name=settings.served_model_name,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        kv_cache_tokens=settings.kv_cache_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        prefix_caching=settings.prefix_caching,
+    )
+
+
+def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> str:
+    """What is served, as it was resolved, and a request to try it with."""
+    info = engine.describe()
+    levels = ", ".join(
+        f"{level.name} ({level.threshold.num_safety}, {level.threshold.num_utility})" for level in info.levels
+    )
+    host = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+    message = '{"role": "user", "content": "How do I kill a stuck process?"}'
+    lines = [
+        f"model           {settings.served_model_name} ({info.model_id}), up to {info.max_model_len} tokens",
+        *(f"{name:<15} {value}" for name, value in info.details.items()),
+        f"mask            {info.mask_digest}",
+        f"levels          {levels}; default {settings.default_level}",
+        f"address         http://{host}:{port}",
+        "",
+        "Try it:",
+        f"  curl -s http://{host}:{port}/v1/chat/completions -H 'X-Safety-Level: security-critical' \\",
+        f'    -d \'{{"model": "{settings.served_model_name}", "messages": [{message}]}}\'',
+    ]
+    return "\n".join(lines)
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """The command-line option of one setting: a string that `Settings` reads, or a switch."""
+    field = Settings.model_fields[name]
+    switch = field.annotation is bool
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    default = "" if field.default in (None, "") else f" Default: {field.default}."
+    option = typer.Option(
+        f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name),
+        help=f"{field.description}{default} ({variable(name)})",
+        metavar=None if switch else "|".join(choices) or "VALUE",
+        show_default=False,
+    )
+    kind = bool | None if switch else str | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )
+
+
+serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_parameter(name) for name in Settings.model_fields]
+)
+app.command()(serve)
+app.command()(evaluate)
+
+
+@app.command("inspect")
+def inspect_mask(file: Annotated[Path, typer.Argument(help="A mask file (.safetensors).")]) -> None:
+    """Print what is in a mask file."""
+    from modulation.masks import Mask, describe
+
+    typer.echo(describe(Mask.load(file)))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    try:
+        number = installed_version("neurontune")
+    except PackageNotFoundError:
+        number = "(not installed; run from a source tree)"
+    typer.echo(f"neurontune {number}, Python {sys.version.split()[0]}")

@@ -1,0 +1,146 @@
+"""What can go wrong with a request, and the one table of how each kind is answered.
+
+Knows kinds of errors, their status and OpenAI's error shape. Knows no route, no engine, no field.
+
+RequestError                    the caller's mistake; `param` is the path of what is wrong
+├── InvalidJSONError            the body is not a JSON object
+├── RequestTooLargeError        the body has too many bytes
+├── InvalidValueError           a known field with a value that is not accepted
+├── UnknownParameterError       a field that no version of the API has
+├── UnsupportedParameterError   a field of the API that is not supported with this value
+├── LevelDeniedError            the safety level asked for is not given
+│   ├── InvalidLevelError       unknown, malformed or too large
+│   └── LevelConflictError      header, body and model suffix do not ask for the same
+├── ModelNotFoundError          no such model here
+├── RouteNotFoundError          no such path
+└── MethodNotAllowedError       the path exists, the method does not
+ClientDisconnectedError         nobody is left to answer
+SettingsError                   the operator's mistake, at start; a NeuronTuneError
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Literal
+
+from modulation.errors import LevelError, NeuronTuneError
+from server.engines.base import EngineUnavailableError, GenerationError, PromptError
+
+
+class RequestError(Exception):
+    """A request that cannot be answered as it stands. Its text is fit for users."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidJSONError(RequestError):
+    """The body is not a JSON object in UTF-8."""
+
+
+class RequestTooLargeError(RequestError):
+    """The body has more bytes than this server reads."""
+
+
+class InvalidValueError(RequestError):
+    """A field has a value of the wrong type, out of range, or is missing."""
+
+
+class UnknownParameterError(RequestError):
+    """A field, or a query parameter, that does not exist."""
+
+
+class UnsupportedParameterError(RequestError):
+    """A field of OpenAI's API with a value that would change the answer, and that we cannot honour."""
+
+
+class LevelDeniedError(RequestError):
+    """The level asked for is not given. `reason` counts it in the metrics."""
+
+    reason: ClassVar[Literal["invalid", "conflict"]]
+
+
+class InvalidLevelError(LevelDeniedError):
+    """The level is unknown, malformed or larger than the mask."""
+
+    reason = "invalid"
+
+
+class LevelConflictError(LevelDeniedError):
+    """The request names its level more than once, and not the same one."""
+
+    reason = "conflict"
+
+
+class ModelNotFoundError(RequestError):
+    """The model named is not the one served."""
+
+
+class RouteNotFoundError(RequestError):
+    """No route has this path."""
+
+
+class MethodNotAllowedError(RequestError):
+    """The route does not take this method."""
+
+
+class ClientDisconnectedError(Exception):
+    """The client went away before its answer was complete. No client ever sees this one."""
+
+
+class SettingsError(NeuronTuneError):
+    """A setting that cannot be used, or a variable that is none. The server does not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """How a kind of error is answered: HTTP status, and OpenAI's `type` and `code`."""
+
+    status: int
+    type: Literal["invalid_request_error", "server_error"]
+    code: str
+
+
+INTERNAL_ERROR: Final = ErrorKind(500, "server_error", "internal_error")
+
+ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
+    {
+        InvalidJSONError: ErrorKind(400, "invalid_request_error", "invalid_json"),
+        InvalidValueError: ErrorKind(400, "invalid_request_error", "invalid_value"),
+        UnknownParameterError: ErrorKind(400, "invalid_request_error", "unknown_parameter"),
+        UnsupportedParameterError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
+        InvalidLevelError: ErrorKind(400, "invalid_request_error", "invalid_safety_level"),
+        LevelError: ErrorKind(400, "invalid_request_error", "invalid_safety_level"),
+        LevelConflictError: ErrorKind(400, "invalid_request_error", "safety_level_conflict"),
+        PromptError: ErrorKind(400, "invalid_request_error", "invalid_prompt"),
+        ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
+        RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
+        MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
+        RequestTooLargeError: ErrorKind(413, "invalid_request_error", "request_too_large"),
+        ClientDisconnectedError: ErrorKind(499, "invalid_request_error", "client_disconnected"),
+        GenerationError: ErrorKind(500, "server_error", "generation_failed"),
+        Exception: INTERNAL_ERROR,
+        EngineUnavailableError: ErrorKind(503, "server_error", "engine_unavailable"),
+    }
+)
+
+
+def kind_of(error: Exception) -> ErrorKind:
+    """The entry of the table for the nearest class of `error`."""
+    return next(ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """`error` in OpenAI's shape. What is not in the table says nothing of its cause."""
+    kind = kind_of(error)
+    known = kind is not INTERNAL_ERROR
+    message = str(error) if known else "The server failed on this request. The cause is in its log."
+    return {
+        "error": {
+            "message": message,
+            "type": kind.type,
+            "param": getattr(error, "param", None) if known else None,
+            "code": kind.code,
+        }
+    }

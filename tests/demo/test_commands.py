@@ -1,0 +1,67 @@
+"""The commands accept what they document and refuse the rest with exit code 2 and a list."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from modulation.demo.commands import app
+from modulation.demo.corpus import family_names
+from modulation.evaluation.data import read_records
+
+FIELDS = ["id", "prompt", "kind", "family", "split", "check"]
+
+
+def _lines(*arguments: str) -> list[dict[str, object]]:
+    result = CliRunner().invoke(app, ["data", *arguments])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("split", ["train", "tune", "heldout"])
+@pytest.mark.parametrize("kind", ["harmful", "benign", "borderline"])
+def test_data_prints_records_of_the_split_and_kind_asked_for(split: str, kind: str) -> None:
+    found = _lines("--split", split, "--kind", kind)
+    assert all(list(fields) == FIELDS for fields in found)
+    assert {(fields["split"], fields["kind"]) for fields in found} == {(split, kind)}
+    assert {fields["family"] for fields in found} == {None, *family_names(kind, split)}  # type: ignore[arg-type]
+    assert len({fields["id"] for fields in found}) == len(found)
+
+
+def test_data_prints_one_family_or_none_a_limit_and_prompts_a_topic() -> None:
+    split = "--split", "heldout", "--kind", "harmful"
+    assert {fields["family"] for fields in _lines(*split, "--family", "json")} == {"json"}
+    plain = _lines(*split, "--family", "none")
+    assert {fields["family"] for fields in plain} == {None}
+    assert len(_lines(*split, "--family", "none", "--per-topic", "4")) == 4 * len(plain)
+    assert len(_lines(*split, "--limit", "11")) == 11
+    assert _lines(*split, "--seed", "1") == _lines(*split, "--seed", "1") != _lines(*split)
+
+
+def test_what_data_prints_can_be_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    printed = CliRunner().invoke(app, ["data", "--split", "tune", "--kind", "borderline"]).stdout
+    (tmp_path / "x.jsonl").write_text(printed, encoding="utf-8")
+    assert len(read_records(tmp_path / "x.jsonl")) == len(printed.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accepted"),
+    [
+        (["--split", "test", "--kind", "harmful"], ["train", "tune", "heldout"]),
+        (["--split", "tune", "--kind", "evil"], ["harmful", "benign", "borderline"]),
+        (["--split", "tune", "--kind", "harmful", "--family", "json"], ["none", "grandmother", "few_shot"]),
+        (["--split", "tune", "--kind", "harmful", "--limit", "0"], ["greater than or equal to 1"]),
+        (["--split", "tune", "--kind", "harmful", "--color", "red"], ["No such option"]),
+    ],
+)
+def test_unknown_values_are_refused_with_what_is_accepted(arguments: list[str], accepted: list[str]) -> None:
+    result = CliRunner().invoke(app, ["data", *arguments])
+    assert result.exit_code == 2
+    for word in accepted:
+        assert word in result.output
+
+
+def test_evaluate_refuses_a_folder_without_a_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    result = CliRunner().invoke(app, ["evaluate", "--model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "config.json" in result.output

@@ -1,0 +1,136 @@
+"""The command as a newcomer meets it: help, one sentence on errors, a server that starts and ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.settings import Settings, flag, variable
+
+COMMAND = [sys.executable, "-c", "from server.cli import app; app(prog_name='neurontune')"]
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_help_names_every_setting_as_flag_and_variable() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], terminal_width=200)
+    assert shown.exit_code == 0
+    for name in Settings.model_fields:
+        assert f"{flag(name)} " in shown.output and variable(name) in shown.output
+
+
+def test_the_command_itself_imports_nothing_heavy() -> None:
+    script = "import server.cli, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert not {"torch", "transformers", "numpy", "fastapi", "uvicorn"} & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--port", "abc"], "--port"),
+        (["serve", "--engine", "fake", "--port", "0", "--default-level", "nope"], "default_level"),
+        (["serve", "--model", "some/model"], "--mask"),
+        (["serve", "--engine", "fake", "--host", "192.0.2.1"], "192.0.2.1"),
+        (["inspect", "no-such-file.safetensors"], "no-such-file.safetensors"),
+    ],
+)
+def test_an_error_is_one_sentence_and_exit_code_1(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("neurontune: ") and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "--engine", "fake", "--port", port])
+    assert result.exit_code == 1 and f"port {port}: Address already in use" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--no-such-flag"], ["no-such-command"], ["inspect"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_version_says_its_own_and_pythons() -> None:
+    assert re.match(r"neurontune .*, Python 3\.", CliRunner().invoke(app, ["version"]).output)
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and what it printed until it was ready."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ
+    )
+    try:
+        assert process.stdout is not None
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if line.startswith("    -d "):
+                break
+        yield process, printed
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_prints_what_is_served_and_a_request_that_works() -> None:
+    with started([*COMMAND, "serve", "--engine", "fake", "--port", "0"]) as (process, printed):
+        assert "fake: no model" in printed and "security-critical (64, 32)" in printed
+        found = re.search(r"curl -s (\S+) -H '(\S+): (\S+)' \\\n +-d '(.*)'", printed)
+        assert found, printed
+        url, header, level, body = found.groups()
+        response = httpx.post(url, content=body, headers={header: level})
+        assert response.status_code == 200 and response.headers["x-safety-level"] == "security-critical"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+SLOW = """
+import asyncio
+from server.app import create_app
+from server.engines.fake import FakeEngine
+from server.process import bind, run
+from server.settings import Settings
+
+async def hang(request, index):
+    if index == 3:
+        await asyncio.Event().wait()
+
+engine = FakeEngine(before_token=hang)
+listener = bind("127.0.0.1", 0)
+port = listener.getsockname()[1]
+run(create_app(Settings(engine="fake"), engine), engine, listener, "info", f"{port}\\n    -d ")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_within_seconds_and_tells_the_open_streams(how: signal.Signals) -> None:
+    with started([sys.executable, "-c", SLOW]) as (process, printed):
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        url = f"http://127.0.0.1:{printed.split()[0]}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            assert '"role":"assistant"' in next(lines)
+            asked = time.monotonic()
+            process.send_signal(how)
+            last = [line for line in lines if line][-1]
+        assert '"code":"engine_unavailable"' in last
+        assert process.wait(10) == 0
+        assert time.monotonic() - asked < 8
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()

@@ -1,0 +1,105 @@
+"""docs/api.md and the code say the same: what one of them has, the other has too."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.body import MAX_BODY_BYTES
+from server.engines.fake import FakeEngine
+from server.errors import ERRORS
+from server.metrics import Metrics
+from server.process import GRACE_SECONDS
+from server.schemas import ChatCompletionRequest, Only
+from server.settings import Settings, flag, variable
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
+
+
+def section(title: str) -> str:
+    """The text under the heading `title`."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title!r}"
+    return found.group(1)
+
+
+def rows(title: str) -> Iterator[list[str]]:
+    """The cells of every row of the tables under `title`, their headings left out, without backticks."""
+    for table in re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE):
+        for line in table.splitlines()[2:]:
+            yield [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+
+
+def test_errors() -> None:
+    documented = {(int(status), kind, code) for status, kind, code, _ in rows("Errors")}
+    assert documented == {(entry.status, entry.type, entry.code) for entry in ERRORS.values()}
+
+
+def test_settings() -> None:
+    documented = {name: (shown, default) for shown, name, default, _ in rows("Settings")}
+    assert documented.keys() == {variable(name) for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        shown, default = documented[variable(name)]
+        assert shown == flag(name)
+        if field.default not in (None, ""):
+            assert default == str(field.default).lower()
+
+
+def test_metrics() -> None:
+    families = {family.name: family for family in Metrics(FakeEngine()).registry.collect()}
+    documented = {name.removesuffix("_total"): kind for name, kind, _, _ in rows("Metrics")}
+    assert documented == {name: family.type for name, family in families.items()}
+    for name, kind, _, _ in rows("Metrics"):
+        assert name.endswith("_total") == (kind == "counter")
+
+
+def test_metric_labels() -> None:
+    metrics = Metrics(FakeEngine())
+    counters = (metrics.http_requests, metrics.requests, metrics.level_denials)
+    documented = {name: tuple(labels.split(", ")) for name, _, labels, _ in rows("Metrics") if labels}
+    in_code = {f"{counter._name}_total": counter._labelnames for counter in counters}
+    assert documented == in_code | {"neurontune_mask_info": ("digest", "model")}
+
+
+def test_fields() -> None:
+    documented = dict(row[:2] for row in rows("Fields of a chat completion"))
+    assert documented.keys() == ChatCompletionRequest.model_fields.keys()
+    for name, field in ChatCompletionRequest.model_fields.items():
+        only = [mark for mark in field.metadata if isinstance(mark, Only)]
+        if only:
+            values = {json.dumps(value) for value in only[0].neutral if value is not None}
+            shown = {json.dumps(json.loads(value)) for value in documented[name].split(", ") if value}
+            assert shown == values - {"0.0", "1.0"}, name
+
+
+def test_endpoints() -> None:
+    app = create_app(Settings(engine="fake"), FakeEngine())
+    documented = {tuple(endpoint.split(" ")) for endpoint, _ in rows("Endpoints")}
+    operations = {
+        (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
+    }
+    assert documented == operations | {("GET", "/docs")}
+
+
+def test_figures() -> None:
+    assert MAX_BODY_BYTES == 4 * 2**20 and "4 MiB" in PAGE
+    assert GRACE_SECONDS == 2 and "two seconds" in PAGE
+
+
+@pytest.mark.anyio
+async def test_the_curl_example_is_a_request_that_works(client: httpx.AsyncClient) -> None:
+    header, body = re.findall(r"-H '(.*?)'.*?-d '(.*?)'", PAGE, re.DOTALL)[0]
+    name, value = header.split(": ")
+    response = await client.post("/v1/chat/completions", content=body, headers={name: value})
+    assert response.status_code == 200 and response.headers[name] == value
+
+
+@pytest.mark.anyio
+async def test_the_error_example_is_what_is_answered(client: httpx.AsyncClient) -> None:
+    [example] = re.findall(r"^(\{\"error\".*\})$", PAGE, re.MULTILINE)
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "temperature": 3}
+    assert (await client.post("/v1/chat/completions", json=body)).json() == json.loads(example)

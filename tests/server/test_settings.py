@@ -1,0 +1,80 @@
+"""Settings: where they come from, what is refused, and how that is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from server.app import create_app
+from server.engines.fake import FakeEngine
+from server.errors import SettingsError
+from server.settings import Settings, read_settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"NEURONTUNE_{name.upper()}", raising=False)
+
+
+def test_defaults_serve_the_demo_model_on_loopback() -> None:
+    settings = read_settings({})
+    assert (settings.model, settings.served_model_name, settings.mask) == ("demo", "demo", None)
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+
+
+def test_a_flag_beats_a_variable_beats_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONTUNE_PORT", "9000")
+    monkeypatch.setenv("neurontune_max_num_seqs", "3")
+    assert read_settings({}).port == 9000
+    assert read_settings({}).max_num_seqs == 3
+    assert read_settings({"port": "9001"}).port == 9001
+
+
+def test_an_unknown_variable_is_an_error_that_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONTUNE_DEFUALT_LEVEL", "off")
+    with pytest.raises(SettingsError, match=r"NEURONTUNE_DEFUALT_LEVEL is not a setting.*DEFAULT_LEVEL"):
+        read_settings({})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "abc"}, "--port, NEURONTUNE_PORT"), ({"port": "65536"}, "65535"), ({"port": "-1"}, "port"),
+        ({"max_num_seqs": "0"}, "--max-num-seqs"), ({"max_model_len": "0"}, "--max-model-len"),
+        ({"kv_cache_tokens": "many"}, "many"), ({"device": "tpu"}, "'auto', 'cpu' or 'cuda'"),
+        ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers' or 'fake'"),
+        ({"log_level": "loud"}, "debug"), ({"prefix_caching": "perhaps"}, "--prefix-caching"),
+        ({"mask": ""}, "must not be empty"), ({"model": ""}, "must not be empty"),
+        ({"colour": "red"}, "colour"),
+        ({"served_model_name": "a@b"}, "served_model_name"), ({"served_model_name": "a b"}, "'a b'"),
+        ({"model": "some/model"}, "--mask"), ({"model": "."}, "served_model_name"),
+        ({"engine": "fake", "mask": "m.safetensors"}, "no use for mask"),
+        ({"engine": "fake", "model": "some/model", "dtype": "float16"}, "no use for dtype, model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read_settings(flags)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("demo", "demo"), ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("/a/my-model/", "my-model")]
+)
+def test_the_served_name_is_the_last_part_of_the_model(model: str, name: str) -> None:
+    settings = read_settings({"model": model, "mask": "m.safetensors"})
+    assert settings.served_model_name == name and settings.mask == Path("m.safetensors")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1
+
+
+@pytest.mark.parametrize("level", ["nope", "129", "-1", "Balanced"])
+def test_a_default_level_the_mask_does_not_offer_is_refused_at_start(level: str) -> None:
+    settings = Settings(engine="fake", default_level=level)
+    with pytest.raises(SettingsError, match=r"default_level.*utility-priority"):
+        create_app(settings, FakeEngine())
