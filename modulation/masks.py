@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from transformers import PreTrainedModel
 
 from modulation.errors import LevelError, MaskFileError, MaskFormatError, MaskMismatchError
-from modulation.fingerprints import fingerprint
 from modulation.levels import SafetyLevels, Threshold
-from modulation.sites import find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT_VERSION: Final = 1
 OPERATION: Final = "multiply"
@@ -158,13 +158,17 @@ class Mask:
             metadata=_metadata(contents),
         )
 
-    def verify(self, model: PreTrainedModel) -> None:
+    def verify(self, model: "PreTrainedModel") -> None:
         """Check that this mask was made for `model`.
 
         Raises:
             MaskMismatchError: another architecture, shape or set of weights.
             UnsupportedModelError: the model's family has no known sites.
         """
+        # Imported here, so that a mask can be read and shown without loading torch.
+        from modulation.fingerprints import fingerprint
+        from modulation.sites import find_sites
+
         sites = find_sites(model)
         expected = self.metadata
         architecture = type(model).__name__
