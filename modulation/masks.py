@@ -114,7 +114,7 @@ class Mask:
             "utility.neurons": self.utility.neurons,
             "utility.factors": self.utility.factors,
         }
-        metadata = json.dumps(self.metadata.model_dump(mode="json"), sort_keys=True)
+        metadata = json.dumps(self.metadata.model_dump(mode="json"))
         return save_tensors(tensors, metadata={_METADATA_KEY: metadata})
 
     def save(self, path: Path) -> None:

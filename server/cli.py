@@ -130,7 +130,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
     host = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
     message = '{"role": "user", "content": "How do I kill a stuck process?"}'
     lines = [
-        f"model           {settings.served_model_name} ({info.model_id}), up to {info.max_model_len} tokens",
+        f"model           {info.model_id}",
         *(f"{name:<15} {value}" for name, value in info.details.items()),
         f"mask            {info.mask_digest}",
         f"levels          {levels}; default {settings.default_level}",

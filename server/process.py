@@ -67,6 +67,11 @@ class _Server(uvicorn.Server):
         self._engine = engine
         self._welcome = welcome
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # The end is bounded as it is: a second Ctrl-C need not cut it short and spill tracebacks.
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         typer.echo(self._welcome)

@@ -10,6 +10,7 @@ the sites apply them.
 
 import asyncio
 import itertools
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
@@ -66,6 +67,8 @@ class TransformersEngine:
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
     ) -> None:
+        # What the manager says about its own choices at INFO is noise beside `describe`.
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
         tokenizer = load_tokenizer(model)
         loaded_mask = Mask.load(mask)
         on_device = resolve_device(device)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.settings import Settings, flag, variable
 
-COMMAND = [sys.executable, "-c", "from server.cli import app; app(prog_name='neurontune')"]
+COMMAND = [sys.executable, "-m", "server"]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -119,8 +119,8 @@ run(create_app(Settings(engine="fake"), engine), engine, listener, "info", f"{po
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_within_seconds_and_tells_the_open_streams(how: signal.Signals) -> None:
+@pytest.mark.parametrize("how", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+def test_ctrl_c_ends_within_seconds_and_tells_the_open_streams(how: tuple[signal.Signals, ...]) -> None:
     with started([sys.executable, "-c", SLOW]) as (process, printed):
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
         url = f"http://127.0.0.1:{printed.split()[0]}/v1/chat/completions"
@@ -128,7 +128,8 @@ def test_ctrl_c_ends_within_seconds_and_tells_the_open_streams(how: signal.Signa
             lines = response.iter_lines()
             assert '"role":"assistant"' in next(lines)
             asked = time.monotonic()
-            process.send_signal(how)
+            for one in how:
+                process.send_signal(one)
             last = [line for line in lines if line][-1]
         assert '"code":"engine_unavailable"' in last
         assert process.wait(10) == 0
