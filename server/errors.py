@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal
 
 from modulation.errors import LevelError, NeuronTuneError
-from server.engines.base import EngineUnavailableError, GenerationError, PromptError
+from server.engines.base import EngineUnavailableError, GenerationError, PromptError, PromptTooLongError
 
 
 class RequestError(Exception):
@@ -114,6 +114,7 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         LevelError: ErrorKind(400, "invalid_request_error", "invalid_safety_level"),
         LevelConflictError: ErrorKind(400, "invalid_request_error", "safety_level_conflict"),
         PromptError: ErrorKind(400, "invalid_request_error", "invalid_prompt"),
+        PromptTooLongError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
         ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
         RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
         MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),

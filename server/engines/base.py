@@ -17,7 +17,11 @@ class EngineError(Exception):
 
 
 class PromptError(EngineError):
-    """The caller's prompt cannot be used: it is empty, too long, or the chat template refuses it."""
+    """The caller's prompt cannot be used: it is empty, or the chat template refuses it."""
+
+
+class PromptTooLongError(PromptError):
+    """The prompt, or the prompt and the answer asked for, do not fit the context."""
 
 
 class EngineUnavailableError(EngineError):
@@ -121,7 +125,7 @@ class Engine(Protocol):
         request and frees what it held. Requests never influence one another's answers.
 
         Raises, from `anext`:
-            PromptError: before any output.
+            PromptError, PromptTooLongError: before any output.
             EngineUnavailableError: before any output, or in the middle if the engine dies.
             GenerationError: in the middle.
         """

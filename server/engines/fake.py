@@ -21,6 +21,7 @@ from server.engines.base import (
     Message,
     Output,
     PromptError,
+    PromptTooLongError,
 )
 
 BeforeToken = Callable[[GenerateRequest, int], Awaitable[None]]
@@ -126,7 +127,7 @@ class FakeEngine:
         num_tokens = num_prompt_tokens(request.messages)
         num_wanted = num_tokens + (request.max_tokens or 1)
         if num_wanted > self._info.max_model_len:
-            raise PromptError(
+            raise PromptTooLongError(
                 f"This prompt has {num_tokens} tokens; with {request.max_tokens or 1} to be generated "
                 f"that is {num_wanted}, and the context holds {self._info.max_model_len}."
             )

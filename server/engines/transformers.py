@@ -33,7 +33,7 @@ from server.engines.base import (
     FinishReason,
     GenerateRequest,
     Output,
-    PromptError,
+    PromptTooLongError,
     Sampling,
 )
 from server.engines.batching import LevelManager, request_id
@@ -221,12 +221,12 @@ class TransformersEngine:
     def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._info.max_model_len - num_prompt_tokens
         if room < 1:
-            raise PromptError(
+            raise PromptTooLongError(
                 f"The prompt is {num_prompt_tokens} tokens long; with at least one token of answer it "
                 f"must fit the context of {self._info.max_model_len}. Shorten the messages."
             )
         if max_tokens is not None and max_tokens > room:
-            raise PromptError(
+            raise PromptTooLongError(
                 f"The prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} together exceed "
                 f"the context of {self._info.max_model_len}. Lower max_tokens to {room} or less, or "
                 "leave it out."

@@ -20,6 +20,7 @@ from server.engines.base import (
     Message,
     Output,
     PromptError,
+    PromptTooLongError,
     Sampling,
 )
 
@@ -117,13 +118,13 @@ class EngineContract:
 
     async def test_a_prompt_longer_than_the_context_is_refused(self, engine: Engine) -> None:
         text = "word " * engine.describe().max_model_len
-        with pytest.raises(PromptError, match=str(engine.describe().max_model_len)):
+        with pytest.raises(PromptTooLongError, match=str(engine.describe().max_model_len)):
             await collect(engine.generate(self.ask(text)))
         await until(lambda: is_idle(engine))
 
     async def test_a_prompt_that_leaves_no_room_for_max_tokens_is_refused(self, engine: Engine) -> None:
         request = replace(self.ask(self.prompts[0]), max_tokens=engine.describe().max_model_len)
-        with pytest.raises(PromptError, match=str(engine.describe().max_model_len)):
+        with pytest.raises(PromptTooLongError, match=str(engine.describe().max_model_len)):
             await collect(engine.generate(request))
 
     async def test_an_empty_conversation_is_refused(self, engine: Engine) -> None:

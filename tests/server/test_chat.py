@@ -106,9 +106,9 @@ async def test_an_answer_can_be_sent_back_as_it_came(ask: Ask) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_prompt_the_engine_refuses_is_a_400_also_for_streams(ask: Ask, stream: bool) -> None:
     long = [{"role": "user", "content": "word " * 300}]
-    error = error_of(await ask(messages=long, stream=stream), 400, "invalid_prompt")
+    error = error_of(await ask(messages=long, stream=stream), 400, "context_length_exceeded")
     assert "200" in error["message"]
-    error_of(await ask(max_tokens=200, stream=stream), 400, "invalid_prompt")
+    error_of(await ask(max_tokens=200, stream=stream), 400, "context_length_exceeded")
 
 
 @pytest.mark.parametrize("stream", [False, True])
