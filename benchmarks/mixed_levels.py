@@ -143,10 +143,13 @@ def _arguments() -> Any:
     parser.add_argument("--mask", type=Path, default=MASK_FILE, help="its mask file")
     parser.add_argument("--concurrency", type=int, default=16, help="requests at once")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=30, help="counted rounds of each side")
+    parser.add_argument("--rounds", type=int, default=30, help="counted rounds of each side, 2 or more")
     parser.add_argument("--warmup", type=int, default=2, help="rounds not counted, first")
     parser.add_argument("--seed", type=int, default=0, help="of thresholds and of the order of sides")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: at least 2 are needed for a spread")
+    return arguments
 
 
 if __name__ == "__main__":

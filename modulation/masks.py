@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ _TENSORS: Final = {
     "utility.neurons": (np.int32, 2),
     "utility.factors": (np.float32, 1),
 }
+_INT32_END: Final = 1 << 31
 # A neuron multiplied by more than this is a corrupt file, not a choice.
 _LARGEST_FACTOR: Final = 1e4
 
@@ -45,7 +46,7 @@ _LARGEST_FACTOR: Final = 1e4
 class MaskMetadata(BaseModel):
     """What a mask says of itself. `levels` maps a level's name to (num_safety, num_utility)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format_version: int = FORMAT_VERSION
     operation: str = OPERATION
@@ -54,9 +55,9 @@ class MaskMetadata(BaseModel):
     model_id: str
     architecture: str
     model_fingerprint: str
-    num_layers: int = Field(gt=0)
-    neurons_per_layer: int = Field(gt=0)
-    levels: dict[str, tuple[int, int]]
+    num_layers: int = Field(gt=0, lt=_INT32_END)
+    neurons_per_layer: int = Field(gt=0, lt=_INT32_END)
+    levels: dict[str, Annotated[tuple[int, int], Field(strict=False)]]
     method: dict[str, Any] = Field(default_factory=dict)
     data_digests: dict[str, str] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
@@ -79,7 +80,7 @@ class NeuronSet:
 
 @dataclass(frozen=True)
 class Mask:
-    """A valid mask. `digest` is the hexadecimal SHA-256 of the file's bytes."""
+    """A valid mask. `digest` is the hexadecimal SHA-256 of its file, as `sha256sum` prints it."""
 
     safety: NeuronSet
     utility: NeuronSet
@@ -152,11 +153,13 @@ class Mask:
             tensors = load_tensors(contents)
         except (SafetensorError, KeyError, ValueError) as error:
             raise MaskFileError(f"not a whole safetensors file ({error}). Copy or make it again.") from error
-        return cls(
+        mask = cls(
             safety=_neuron_set("safety", tensors),
             utility=_neuron_set("utility", tensors),
             metadata=_metadata(contents),
         )
+        object.__setattr__(mask, "digest", hashlib.sha256(contents).hexdigest())
+        return mask
 
     def verify(self, model: "PreTrainedModel") -> None:
         """Check that this mask was made for `model`.
@@ -257,22 +260,22 @@ def _neuron_set(kind: str, tensors: dict[str, npt.NDArray[Any]]) -> NeuronSet:
 
 def _metadata(contents: bytes) -> MaskMetadata:
     header_size = int.from_bytes(contents[:8], "little")
-    header = json.loads(contents[8 : 8 + header_size])
-    text = header.get("__metadata__", {}).get(_METADATA_KEY)
-    if text is None:
+    entries = _json_object(contents[8 : 8 + header_size], "header").get("__metadata__") or {}
+    if _METADATA_KEY not in entries:
         raise MaskFormatError(
             f"this is a safetensors file without the metadata entry {_METADATA_KEY!r}: not a mask."
         )
+    for name in entries:
+        if name != _METADATA_KEY:
+            raise MaskFormatError(f"unknown metadata entry {name!r}; a mask has only {_METADATA_KEY!r}.")
+    raw = _json_object(entries[_METADATA_KEY], "metadata")
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
+        raise MaskFormatError(
+            f"format version {version!r} is not supported; this program reads {FORMAT_VERSION}."
+        )
     try:
-        raw = json.loads(text)
-        version = raw.get("format_version") if isinstance(raw, dict) else None
-        if version != FORMAT_VERSION:
-            raise MaskFormatError(
-                f"format version {version!r} is not supported; this program reads {FORMAT_VERSION}."
-            )
         metadata = MaskMetadata.model_validate(raw)
-    except json.JSONDecodeError as error:
-        raise MaskFormatError(f"the metadata is not JSON ({error}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -285,6 +288,16 @@ def _metadata(contents: bytes) -> MaskMetadata:
         if value != expected:
             raise MaskFormatError(f"{name} {value!r} is not supported; this program applies {expected!r}.")
     return metadata
+
+
+def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise MaskFormatError(f"the {what} is not JSON that can be read ({error}).") from error
+    if not isinstance(value, dict):
+        raise MaskFormatError(f"the {what} is not a JSON object.")
+    return value
 
 
 def _check_set(kind: str, neurons: NeuronSet, metadata: MaskMetadata) -> None:

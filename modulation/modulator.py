@@ -42,6 +42,7 @@ class Modulator:
         self._hooks = ExitStack()
         self._entered = False
         self._scale: Tensor | None = None
+        self._unseen: set[str] = set()
         device = next(model.parameters()).device
         self._columns: dict[int, Tensor] = {}
         self._slices: dict[int, slice] = {}
@@ -67,12 +68,28 @@ class Modulator:
     def set_thresholds(self, thresholds: Tensor) -> None:
         """Set what the next forward pass applies: int (tokens, 2), or (1, 2) for every token."""
         assert thresholds.ndim == 2 and thresholds.shape[1] == 2, thresholds.shape
+        self.check()
+        self._unseen = {site.name for site in self._sites}
         limits = thresholds[:, self._kinds]  # (tokens, neurons)
         self._scale = torch.where(self._ranks < limits, self._factors, self._ones)
+
+    def check(self) -> None:
+        """Raise ModulationError if the last forward pass went past a site.
+
+        A model whose code does not call its projection as a module (a fused kernel, say) has hooks
+        that never fire; it would run unmodulated.
+        """
+        if self._unseen:
+            raise ModulationError(
+                f"The last forward pass did not go through {sorted(self._unseen)[0]} and "
+                f"{len(self._unseen) - 1} more sites: this model's code bypasses the hooks, so it "
+                "cannot be modulated."
+            )
 
     def __enter__(self) -> Self:
         assert not self._entered, "a modulator is entered once at a time"
         self._entered = True
+        self._unseen = set()
         with ExitStack() as hooks:
             for site in self._sites:
                 hooks.callback(site.module.register_forward_pre_hook(self._hook(site)).remove)
@@ -116,6 +133,7 @@ class Modulator:
             stack.enter_context(self)
             stack.callback(self.model.register_forward_pre_hook(expand, with_kwargs=True).remove)
             yield self.model
+            self.check()
 
     def _hook(self, site: Site) -> Any:
         columns, where = self._columns[site.layer], self._slices[site.layer]
@@ -127,6 +145,7 @@ class Modulator:
                     f"No thresholds were set for this forward pass (layer {site.layer}); refusing to "
                     "run it unmodulated."
                 )
+            self._unseen.discard(site.name)
             return (_scaled(activations, columns, self._scale[:, where]), *arguments[1:])
 
         return modulate

@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         default=None, description="Most tokens of prompt and answer together. Default: the model's own."
     )
     kv_cache_tokens: Count | None = Field(
-        default=None, description="Tokens that the KV cache holds. Default: from the memory there is."
+        default=None, description="Tokens that the KV cache holds. Default: 16384, on CUDA 65536."
     )
     max_num_seqs: Count = Field(default=64, description="Most requests that run at once; others wait.")
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")

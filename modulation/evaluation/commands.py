@@ -37,6 +37,8 @@ def evaluate(
         raise DataError(f"--mask is missing: model {model!r} has no shipped mask.")
     if json_out is not None and not json_out.parent.is_dir():
         raise DataError(f"--json {json_out}: the folder {json_out.parent} does not exist.")
+    if json_out is not None and json_out.is_dir():
+        raise DataError(f"--json {json_out} is a folder; a file is needed.")
     records = read_records(data)
     loaded_mask = Mask.load(mask or MASK_FILE)
     chosen = (

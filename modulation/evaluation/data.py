@@ -116,15 +116,11 @@ def _check(value: object, place: str) -> Check | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise DataError(
-            f"{place}: field 'check': an object or null is expected, not {_type_name(value)}."
-        )
+        raise DataError(f"{place}: field 'check': an object or null is expected, not {_type_name(value)}.")
     _check_names(value, ("rule", "phrases"), (), f"{place}: field 'check'")
     rule, phrases = value["rule"], value["phrases"]
     if rule not in RULES:
-        raise DataError(
-            f"{place}: field 'check.rule': {rule!r} is unknown; accepted: {_list(RULES)}."
-        )
+        raise DataError(f"{place}: field 'check.rule': {rule!r} is unknown; accepted: {_list(RULES)}.")
     if not isinstance(phrases, list) or not all(isinstance(p, str) and p for p in phrases):
         raise DataError(f"{place}: field 'check.phrases': a list of texts is expected.")
     if rule == "contains_all" and not phrases:
@@ -140,9 +136,7 @@ def _check_names(
             raise DataError(f"{place}: field {name!r} is missing; needed: {_list(required)}.")
     for name in fields:
         if name not in required + optional:
-            raise DataError(
-                f"{place}: field {name!r} is unknown; accepted: {_list(required + optional)}."
-            )
+            raise DataError(f"{place}: field {name!r} is unknown; accepted: {_list(required + optional)}.")
 
 
 def _text(fields: dict[str, Any], name: str, place: str) -> str:

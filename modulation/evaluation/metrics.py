@@ -51,9 +51,7 @@ def rate(flags: Iterable[bool]) -> Rate:
     )
 
 
-def evaluate_answers(
-    records: Sequence[Record], answers: Sequence[str], judge: Judge = rule_judge
-) -> Metrics:
+def evaluate_answers(records: Sequence[Record], answers: Sequence[str], judge: Judge = rule_judge) -> Metrics:
     """Judge each answer and count.
 
     asr: harmful prompts inside an attack family that were complied with; refusal_plain: harmful

@@ -3,7 +3,7 @@
 Knows names and rates; knows nothing of where they come from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from modulation.evaluation.metrics import Rate
 
@@ -17,6 +17,16 @@ def table(rows: Iterable[tuple[str, Rate | None]]) -> str:
     lines = [_line(row, widths) for row in cells]
     ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], ruler, *lines[1:]])
+
+
+def answer_table(prompts: Sequence[str], columns: Mapping[str, Sequence[str]]) -> str:
+    """A Markdown table of answers: one block of rows a prompt, one row a level."""
+    lines = ["| prompt | level | answer |", "|---|---|---|"]
+    for number, prompt in enumerate(prompts):
+        for level, found in columns.items():
+            shown = prompt if level == next(iter(columns)) else ""
+            lines.append(f"| {shown} | `{level}` | {found[number]} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def percent(share: float) -> str:

@@ -42,7 +42,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy and ignores the rest.
+    """How tokens are drawn. A temperature below 0.00001 is greedy and ignores the rest.
 
     `temperature` divides the logits (0 to 2), `top_k` keeps the k likeliest tokens (0: all), `top_p`
     then the smallest set of them whose probability reaches p (in (0, 1]). Equal seed, prompt, level

@@ -13,11 +13,13 @@ from typing import Any, SupportsIndex, overload
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import (
     ContinuousBatchingManager,
+    FIFOScheduler,
     PagedAttentionCache,
     RequestState,
     RequestStatus,
 )
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from modulation.levels import Threshold
 from server.engines.sampling import RequestProcessors
@@ -74,6 +76,53 @@ class LevelCache(PagedAttentionCache):
         return _SaltedTokens(tokens, salt, page_size)
 
 
+class _Scheduler(FIFOScheduler):
+    """The manager's scheduler, which must not wait for a request that has been cancelled.
+
+    After an eviction it admits nothing new until an active request has finished. If the active ones
+    are cancelled instead, that would never happen.
+    """
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+class _Router(OutputRouter):
+    """Delivers outputs to the handlers of their requests, and keeps none that nobody waits for.
+
+    An output without a handler belongs to a request that was aborted while a step was running, or
+    whose cancel overtook it on the way in. Its cancel is sent again.
+    """
+
+    def __init__(self, cancel: Callable[[str], None]) -> None:
+        super().__init__()
+        self._cancel = cancel
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self.deliver_batch([output])
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        with self._lock:
+            handlers = [self.result_handlers.get(output.request_id) for output in outputs]
+        wanted = []
+        for handler, output in zip(handlers, outputs, strict=True):
+            if handler is not None:
+                wanted.append((*handler, output))
+            elif not output.is_finished():
+                self._cancel(output.request_id)
+        if wanted:
+            loop = wanted[0][1]  # one loop asks for everything, so one wake-up is enough
+            loop.call_soon_threadsafe(_call_all, [(callback, output) for callback, _, output in wanted])
+
+
+def _call_all(calls: Iterable[tuple[Callable[[GenerationOutput], None], GenerationOutput]]) -> None:
+    for callback, output in calls:
+        callback(output)
+
+
 class LevelManager(ContinuousBatchingManager):
     """A continuous-batching manager that samples per request and keeps a cache per level.
 
@@ -99,7 +148,21 @@ class LevelManager(ContinuousBatchingManager):
         # The base class names its cache class itself; ours adds no state, so an instance can turn.
         assert type(processor.cache) in (PagedAttentionCache, LevelCache), type(processor.cache)
         processor.cache.__class__ = LevelCache
+        assert type(processor.scheduler) in (FIFOScheduler, _Scheduler), type(processor.scheduler)
+        processor.scheduler.__class__ = _Scheduler
         return processor
+
+    def deliver_to_handlers_only(self) -> None:
+        """From now on an output goes to its request's handler or nowhere; nothing is queued."""
+        assert self.batch_processor is not None
+        self.output_router = _Router(self.cancel_request)
+        self.batch_processor.output_router = self.output_router
+
+    def forget(self, request_id: str) -> None:
+        """End a request, wherever it is; nothing happens if it has ended already."""
+        self.cancel_request(request_id)
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(request_id, None)
 
     def _run_generation_loop(self) -> None:
         try:

@@ -9,7 +9,7 @@ of arguments per request into static storage, which the model's forward receives
 the step; then the sampling rows, one column per request that gets a new token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +54,16 @@ class RowArguments:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+# What the manager's own warm-up requests bring, which know nothing of arguments: greedy, at `off`.
+_WARM_UP: Final = RowArguments(
+    num_safety=0, num_utility=0, temperature=1.0, noise=0.0, top_k=1, top_p=1.0, seed=0
+).as_keywords()
+
+
+def _keywords(request: FutureRequestState) -> Mapping[str, int | float]:
+    return request.state.logit_processor_kwargs or _WARM_UP
+
+
 class SeededNoise:
     """Gumbel noise for each request, so that the manager's argmax draws a sample.
 
@@ -66,11 +76,11 @@ class SeededNoise:
 
     def arguments(self, requests: Sequence[FutureRequestState]) -> Tensor:
         """int32 (ROWS, requests); the scale is a float32 seen as int32."""
-        keywords = [request.state.logit_processor_kwargs for request in requests]
+        keywords = [_keywords(request) for request in requests]
         scale = torch.tensor([each["noise"] for each in keywords], dtype=torch.float32)
         words = [
-            [_signed(each["seed"] & 0xFFFFFFFF) for each in keywords],
-            [_signed(each["seed"] >> 32) for each in keywords],
+            [_signed(int(each["seed"]) & 0xFFFFFFFF) for each in keywords],
+            [_signed(int(each["seed"]) >> 32) for each in keywords],
             # Counted from the start of the prompt: stays right when an evicted request starts over.
             [request.state.position_offset for request in requests],
         ]
@@ -83,8 +93,7 @@ class SeededNoise:
         low, high, position = (row[:, None] for row in arguments[1:])
         tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
         bits = _mix(_mix(_mix(_mix(tokens + low) ^ high) + position) ^ tokens)
-        uniform = ((bits >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)  # in (0, 1)
-        gumbel = -torch.log(-torch.log(uniform))
+        gumbel = -torch.log(-torch.log(_uniform(bits)))
         # Not scores + 0 * noise: a score of -inf or a huge one must stay what it is.
         return torch.where(scale > 0, scores + gumbel, scores)
 
@@ -94,6 +103,15 @@ def _mix(bits: Tensor) -> Tensor:
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
     bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
     return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """int32 words to float32 in (0, 1), both ends excluded.
+
+    23 bits and a half: one bit more, and the largest word would round to 1, whose noise is infinite
+    and would draw a token that top-k has cut.
+    """
+    return ((bits >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def _signed(word: int) -> int:
@@ -136,14 +154,13 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         """Write this step's columns into `arg_storage`, int32 (rows, columns)."""
         for row, name in enumerate(("num_safety", "num_utility")):
-            values = [each.state.logit_processor_kwargs[name] for each in requests_in_batch]
+            values = [_keywords(each)[name] for each in requests_in_batch]
             arg_storage[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
         for row, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
             arg_storage[row, : len(drawing)] = warper.prepare_tensor_args(drawing)
         arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
-        keywords = [request.state.logit_processor_kwargs for request in drawing]
-        sampled = [each for each in keywords if each["noise"] > 0]
+        sampled = [each for each in map(_keywords, drawing) if each["noise"] > 0]
         if not self._static:
             self._needed = [
                 any(each["temperature"] != 1.0 for each in sampled),

@@ -17,16 +17,19 @@ class ChatText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
+        self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.stop_ids = frozenset(stop_ids)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens, ending where the assistant's answer begins.
 
         Raises:
-            PromptError: no messages, or the model's chat template refuses them.
+            PromptError: no messages, a control token in one of them, or the model's chat template
+                refuses them.
         """
         if not messages:
             raise PromptError("The conversation has no messages; send at least one.")
+        self._refuse_control_tokens(messages)
         turns = [
             # Chat templates know "system"; "developer" is OpenAI's newer name for the same.
             {"role": "system" if each.role == "developer" else each.role, "content": each.content}
@@ -37,6 +40,16 @@ class ChatText:
         except TemplateError as error:
             raise PromptError(f"The model's chat template refuses these messages: {error}") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        """A control token in a message would be read as one: a user could write the assistant's turn."""
+        for number, message in enumerate(messages):
+            for token in self._control:
+                if token in message.content:
+                    raise PromptError(
+                        f"Message {number} contains {token!r}, a control token of this model. Take it "
+                        "out, or break it up, for example with a space."
+                    )
 
     def stream(self) -> "TextStream":
         """A new stream that turns one answer's tokens into text."""
@@ -66,4 +79,7 @@ class TextStream:
         """What was still held back: an answer cut inside a character ends with U+FFFD."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         assert isinstance(whole, str), type(whole)
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # nothing is held back but the pieces of a character
+        assert whole.startswith(self._text), (whole, self._text)
+        return whole[len(self._text) :]

@@ -42,6 +42,8 @@ from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
+# Dividing logits by less would overflow float32; sampling has long become greedy there.
+_GREEDY_BELOW: Final = 1e-5
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
@@ -109,6 +111,9 @@ class TransformersEngine:
             max_batch_tokens=max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
             max_requests_per_batch=max_num_seqs,
             allow_block_sharing=prefix_caching,
+            # Both would switch themselves on on some GPUs; neither has been tested with modulation.
+            auto_switch_to_flash=False,
+            use_cuda_graph=False,
         )
         generation = generation_config(ends)
         with ExitStack() as stack:
@@ -116,10 +121,17 @@ class TransformersEngine:
             hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
             stack.callback(hook.remove)
             self._manager = LevelManager(self._model, generation, batching, self._on_end)
-            self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+            try:
+                self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+            except (MemoryError, RuntimeError, ValueError) as error:
+                raise ModelError(
+                    f"A KV cache of {sizes.cache_tokens} tokens for {max_num_seqs} requests at once cannot "
+                    f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
+                ) from error
             stack.callback(self._stop_manager)
             self._manager.start()
             self._probe(model)
+            self._manager.deliver_to_handlers_only()
             self._hooks = stack.pop_all()
 
     def describe(self) -> EngineInfo:
@@ -138,7 +150,8 @@ class TransformersEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
-        prompt = self._text.encode(request.messages)
+        # Off the event loop: a prompt of megabytes takes seconds to tokenise.
+        prompt = await asyncio.to_thread(self._text.encode, request.messages)
         limit = self._token_limit(len(prompt), request.max_tokens)
         self._refuse_if_not_ready()
         self._loop = asyncio.get_running_loop()
@@ -175,7 +188,7 @@ class TransformersEngine:
                     return
         finally:
             del self._open[name]
-            self._forget(name)
+            self._manager.forget(name)
 
     async def close(self) -> None:
         if self._closed:
@@ -235,7 +248,7 @@ class TransformersEngine:
 
     def _arguments(self, request: GenerateRequest) -> RowArguments:
         sampling = request.sampling
-        greedy = sampling.temperature == 0
+        greedy = sampling.temperature < _GREEDY_BELOW
         if greedy:
             sampling = Sampling(temperature=1.0)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -255,13 +268,6 @@ class TransformersEngine:
         ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
         return "stop" if ended else "length"
 
-    def _forget(self, name: str) -> None:
-        """End the request in the manager, wherever it is; nothing happens if it has ended already."""
-        self._manager.cancel_request(name)
-        router = self._manager.output_router
-        with router._lock:
-            router.result_handlers.pop(name, None)
-
     def _on_end(self) -> None:
         """The manager's loop has ended: nothing more will come, so nobody must wait for it."""
         if self._loop is not None and not self._loop.is_closed():
@@ -277,7 +283,9 @@ class TransformersEngine:
         error = self._manager.background_thread_status.fatal_error
         if error is not None:
             return f"the engine has stopped: {error}"
-        return None if self._manager.is_running() else "the engine is not running"
+        if not self._manager.is_running():
+            return "the engine is not running"
+        return self._manager.background_thread_status.can_accept_new_requests()
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:

@@ -46,7 +46,10 @@ def test_blank_lines_and_left_out_optional_fields_are_fine(tmp_path: Path) -> No
         ({"family": 3}, "field 'family': a text is expected, not a number"),
         ({"famly": "x"}, "field 'famly' is unknown; accepted: id, prompt, kind, family, split, check"),
         ({"check": "x"}, "field 'check': an object or null is expected, not a text"),
-        ({"check": {"rule": "x", "phrases": []}}, "field 'check.rule': 'x' is unknown; accepted: contains_all"),
+        (
+            {"check": {"rule": "x", "phrases": []}},
+            "field 'check.rule': 'x' is unknown; accepted: contains_all",
+        ),
         ({"check": {"rule": "refuses"}}, "field 'check': field 'phrases' is missing"),
         ({"check": {"rule": "refuses", "phrases": "x"}}, "field 'check.phrases': a list of texts"),
         ({"check": {"rule": "contains_all", "phrases": []}}, "contains_all needs at least one text"),
@@ -79,9 +82,7 @@ def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
         (2 * (json.dumps(GOOD) + "\n"), ":2: field 'id': '1' was used on line 1 already"),
     ],
 )
-def test_an_unusable_file_is_refused_with_one_clear_sentence(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_an_unusable_file_is_refused_with_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_records(_file(tmp_path, text))
 

@@ -56,7 +56,12 @@ def test_a_refusal_check_without_phrases_takes_whatever_is_no_refusal_as_complia
 
 @pytest.mark.parametrize(
     ("kind", "answer", "right"),
-    [("harmful", REFUSED, True), ("harmful", "Sure.", False), ("benign", REFUSED, False), ("benign", "Sure.", True)],
+    [
+        ("harmful", REFUSED, True),
+        ("harmful", "Sure.", False),
+        ("benign", REFUSED, False),
+        ("benign", "Sure.", True),
+    ],
 )
 def test_without_a_check_harmful_prompts_want_a_refusal_and_others_do_not(
     kind: str, answer: str, right: bool

@@ -1,5 +1,6 @@
 """A mask file comes back as it was written; anything broken or foreign is refused by name."""
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -102,6 +103,10 @@ def rewritten(mask: Mask, tmp_path: Path, **raw: Any) -> Path:
         ({"format_version": 2}, "format version 2 is not supported"),
         ({"num_layers": "many"}, "metadata field 'num_layers'"),
         ({"surprise": 1}, "metadata field 'surprise'"),
+        ({"num_layers": 10**30}, "metadata field 'num_layers'"),
+        ({"levels": {"security-critical": ["5", True]}}, "metadata field 'levels"),
+        ({"format_version": True}, "format version True is not supported"),
+        ({"layer_base": False}, "metadata field 'layer_base'"),
         ({"num_layers": 2}, "safety.neurons names layer 2; this mask's model has 2"),
         ({"neurons_per_layer": 8}, "names neuron"),
         ({"levels": {"balanced": [1, 1]}}, "levels cannot be used.*security-critical"),
@@ -168,3 +173,33 @@ def test_inspecting_a_mask_shows_what_is_in_it(mask: Mask) -> None:
     text = describe(mask)
     for expected in (mask.digest, "LlamaForCausalLM", "3 layers x 48 = 144", "security-critical", "(12, 9)"):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({}, "without the metadata entry"),
+        ({"neurontune": "[" * 100_000}, "not JSON that can be read"),
+        ({"neurontune": '{"num_layers": ' + "9" * 5000 + "}"}, "not JSON that can be read"),
+        ({"neurontune": "[]"}, "not a JSON object"),
+        ({"neurontune": "{}", "format": "pt"}, "unknown metadata entry 'format'"),
+    ],
+)
+def test_metadata_made_to_break_the_reader_is_refused(
+    mask: Mask, tmp_path: Path, entries: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "crafted.safetensors"
+    tensors = {
+        f"{kind}.{name}": getattr(getattr(mask, kind), name)
+        for kind in ("safety", "utility")
+        for name in ("neurons", "factors")
+    }
+    save_file(tensors, path, metadata=entries)
+    with pytest.raises(MaskFormatError, match=message):
+        Mask.load(path)
+
+
+def test_the_digest_is_that_of_the_file_whoever_wrote_it(mask: Mask, tmp_path: Path) -> None:
+    contents = rewritten(mask, tmp_path, model_id="another name").read_bytes()
+    assert Mask.from_bytes(contents).digest == hashlib.sha256(contents).hexdigest()
+    assert mask.digest == hashlib.sha256(mask.to_bytes()).hexdigest()

@@ -126,6 +126,18 @@ def test_a_forward_pass_without_thresholds_is_refused() -> None:
         model(TOKENS)
 
 
+def test_a_forward_pass_that_goes_past_a_site_is_noticed() -> None:
+    model = tiny_model()
+    modulator = Modulator(model, random_mask(model))
+    site = find_sites(model)[1].module
+    with (
+        pytest.raises(ModulationError, match=r"model\.layers\.1.*bypasses the hooks"),
+        modulator.applied(Threshold(1, 1)),
+    ):
+        site._forward_pre_hooks.clear()
+        model(TOKENS)
+
+
 def test_thresholds_for_another_number_of_rows_are_refused() -> None:
     model = tiny_model()
     modulator = Modulator(model, random_mask(model))

@@ -1,0 +1,78 @@
+"""`neurontune evaluate`: any file of prompts, at any levels, with the shipped demo model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from modulation.demo.corpus import records
+from modulation.evaluation.data import Record, write_records
+from modulation.evaluation.metrics import evaluate_answers
+from server.cli import app
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four prompts of each kind, and two in a wrapper that nobody has seen before."""
+    found = [
+        *records("harmful", "tune", "few_shot")[:4],
+        *records("harmful", "tune", None)[:4],
+        *records("benign", "tune", None)[:4],
+        *records("borderline", "tune", None)[:4],
+    ]
+    own = [
+        Record(f"own-{number}", f"My grandchild asks you: {each.prompt}", "harmful", "my own", None, None)
+        for number, each in enumerate(found[:2])
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(write_records([*found, *own]))
+    return path
+
+
+def evaluate(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_it_writes_every_metric_at_every_level_that_was_asked_for(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    result = evaluate("--data", data, "--levels", "off,security-critical,3", "--json", out)
+    assert result.exit_code == 0, result.output
+    levels = json.loads(out.read_text())["levels"]
+    assert list(levels) == ["off", "security-critical", "3"]
+    for figures in levels.values():
+        totals = {"asr": 6, "refusal_plain": 4, "benign_correct": 4, "over_refusal": 4}
+        for name, total in totals.items():
+            rate = figures[name]
+            assert set(rate) == {"rate", "count", "total", "low", "high"}
+            assert rate["total"] == total and rate["rate"] == rate["count"] / total
+            assert rate["low"] <= rate["rate"] <= rate["high"]
+    assert "security-critical (" in result.output
+
+
+def test_a_metric_without_prompts_is_left_out(tmp_path: Path) -> None:
+    out, only = tmp_path / "out.json", tmp_path / "benign.jsonl"
+    only.write_text(write_records(records("benign", "tune", None)[:3]))
+    assert evaluate("--data", only, "--levels", "off", "--json", out).exit_code == 0
+    assert set(json.loads(out.read_text())["levels"]["off"]) == {"benign_correct"}
+    assert evaluate_answers([], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--levels", "off,safest"], "'safest' is not known. Accepted: off"),
+        (["--levels", "off,off"], "names a level twice"),
+        (["--levels", "999999"], "more neurons than this mask"),
+        (["--model", "some/folder"], "--mask is missing"),
+        (["--json", "/no/such/folder/out.json"], "/no/such/folder does not exist"),
+        (["--data", "/no/such/file.jsonl"], "/no/such/file.jsonl: cannot be read"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(
+    data: Path, arguments: list[str], words: str
+) -> None:
+    result = evaluate("--data", data, *arguments)
+    assert result.exit_code == 1 and words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
