@@ -285,12 +285,13 @@ class TransformersEngine:
             return f"the engine has stopped: {error}"
         if not self._manager.is_running():
             return "the engine is not running"
-        return self._manager.background_thread_status.can_accept_new_requests()
+        refusal = self._manager.background_thread_status.can_accept_new_requests()
+        return refusal and refusal.removesuffix(".")
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:
             raise self._unavailable()
 
     def _unavailable(self, error: str | None = None) -> EngineUnavailableError:
-        reason = self._why_not_ready() or error or "the engine has stopped"
+        reason = (None if self._closed else error) or self._why_not_ready() or "the engine has stopped"
         return EngineUnavailableError(f"No answer can be generated: {reason}.")
