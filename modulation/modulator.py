@@ -145,8 +145,11 @@ class Modulator:
                     f"No thresholds were set for this forward pass (layer {site.layer}); refusing to "
                     "run it unmodulated."
                 )
+            scale = self._scale[:, where]
             self._unseen.discard(site.name)
-            return (_scaled(activations, columns, self._scale[:, where]), *arguments[1:])
+            if not self._unseen:
+                self._scale = None  # used up: the next pass needs thresholds of its own
+            return (_scaled(activations, columns, scale), *arguments[1:])
 
         return modulate
 

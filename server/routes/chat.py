@@ -19,6 +19,24 @@ from server.metrics import Metrics
 from server.schemas import ChatCompletionRequest
 from server.streaming import Answer, EventStream, unless_disconnected
 
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions put where they are referred to: it stands inside a larger document."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolve(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return resolve(definitions[part["$ref"].rpartition("/")[2]])
+        return {name: resolve(value) for name, value in part.items()}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
+
+
 LEVEL_HEADER: Final = "X-Safety-Level"
 NEURONS_HEADER: Final = "X-Safety-Neurons"
 MASK_HEADER: Final = "X-Safety-Mask"
@@ -26,8 +44,17 @@ MASK_HEADER: Final = "X-Safety-Mask"
 _BODY: Final = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}},
-    }
+        "content": {"application/json": {"schema": _inlined(ChatCompletionRequest.model_json_schema())}},
+    },
+    "parameters": [
+        {
+            "name": LEVEL_HEADER,
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "A safety level's name, or a whole number of safety neurons.",
+        }
+    ],
 }
 
 

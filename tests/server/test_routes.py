@@ -1,5 +1,7 @@
 """Health, readiness, and what is answered where there is no route."""
 
+import json
+
 import httpx
 import pytest
 
@@ -34,6 +36,7 @@ async def test_the_openapi_document_describes_the_request(client: httpx.AsyncCli
     body = document["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"model", "messages", "safety_level", "temperature"} <= set(body["properties"])
     assert body["additionalProperties"] is False
+    assert "$ref" not in json.dumps(body), "a reference would lead nowhere in the document"
 
 
 def test_an_error_is_answered_as_its_nearest_class() -> None:
