@@ -1,4 +1,4 @@
-"""The commands `neurontune demo train`, `data` and `evaluate`.
+"""The commands `neurontune demo ...`.
 
 Knows arguments, files and terminals; the work is done by the modules it calls.
 """
@@ -13,15 +13,20 @@ import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modulation.demo import MODEL_DIR
+from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.demo.controls import compare
 from modulation.demo.corpus import family_names, records
+from modulation.demo.masking import METHODS, make_mask
 from modulation.demo.scorecard import Scorecard, score, scorecard_records
 from modulation.demo.topics import Kind, Split
 from modulation.demo.training import Recipe, save
 from modulation.demo.training import train as train_model
 from modulation.evaluation.answering import Answerer, transformers_answerer
 from modulation.evaluation.data import Record, write_records
-from modulation.evaluation.report import table
+from modulation.evaluation.report import answer_table, table
+from modulation.loading import load_model, load_tokenizer
+from modulation.masks import Mask, describe
+from modulation.modulator import Modulator
 
 NOT_WRAPPED = "none"
 
@@ -121,6 +126,78 @@ def evaluate(
     typer.echo(table(result.rows()))
     if json_out is not None:
         json_out.write_text(json.dumps(_as_json(result, split), indent=2) + "\n")
+        typer.echo(f"\nWrote {json_out}.")
+
+
+@app.command()
+def mask(
+    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = MODEL_DIR,
+    out: Annotated[Path, typer.Option(help="Mask file to write.")] = Path("demo-mask.safetensors"),
+    method: Annotated[str, typer.Option(help=f"Attribution: {', '.join(METHODS)}.")] = "attack_aware",
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+) -> None:
+    """Make the demo model's mask: attribution and a sweep on the tune split. A few minutes."""
+    if method not in METHODS:
+        raise typer.BadParameter(
+            f"{method!r} is unknown; accepted: {', '.join(METHODS)}.", param_hint="--method"
+        )
+    loaded = load_model(str(model), device="cpu", dtype="float32")
+    with tqdm(unit="prompt") as bar:
+
+        def on_progress(what: str, number: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update(number)
+
+        made = make_mask(
+            loaded, load_tokenizer(str(model)), method=method, seed=seed, on_progress=on_progress
+        )
+    made.save(out)
+    typer.echo(f"Wrote {out}.\n\n{describe(made)}")
+
+
+@app.command()
+def answers(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = MODEL_DIR,
+    mask_file: Annotated[Path, typer.Option("--mask", help="Its mask file.")] = MASK_FILE,
+) -> None:
+    """Print the greedy answers to prompts at every level, as a Markdown table."""
+    loaded_mask = Mask.load(mask_file)
+    modulator = Modulator(load_model(str(model), device="cpu", dtype="float32"), loaded_mask)
+    answer = transformers_answerer(modulator.model, load_tokenizer(str(model)))
+    columns = {}
+    for level in loaded_mask.levels:
+        with modulator.applied(level.threshold):
+            columns[level.name] = answer(prompts)
+    typer.echo(answer_table(prompts, columns))
+
+
+@app.command()
+def controls(
+    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = MODEL_DIR,
+    mask_file: Annotated[Path, typer.Option("--mask", help="Its mask file.")] = MASK_FILE,
+    split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
+    num_random: Annotated[int, typer.Option(min=0, help="Masks of random neurons.")] = 10,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")
+    ] = None,
+) -> None:
+    """Print the mask's figures at every level, and those of random neurons with its factors."""
+    loaded_mask = Mask.load(mask_file)
+    with tqdm(unit="prompt") as bar:
+        found = compare(
+            load_model(str(model), device="cpu", dtype="float32"),
+            load_tokenizer(str(model)),
+            loaded_mask,
+            split,
+            num_random,
+            lambda number: bar.update(number),
+        )
+    for metric in ("asr", "over_refusal", "benign_correct", "refusal_plain"):
+        typer.echo(f"\n{metric}, split {split}:\n")
+        typer.echo(table([(name, metrics[metric]) for name, metrics in found.items()]))
+    if json_out is not None:
+        json_out.write_text(json.dumps(found, indent=2) + "\n")
         typer.echo(f"\nWrote {json_out}.")
 
 

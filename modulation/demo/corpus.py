@@ -1,7 +1,9 @@
 """Seeded text for the demo model: dialogues for its two training stages, prompts to evaluate it.
 
 Knows how topics, templates and wrappers are put together; knows nothing of tensors or tokens.
-Training draws from the `train` topics, templates and families only, in both stages.
+Stage one, which refuses nothing, is the model's knowledge of its world: it draws from the topics and
+families of all splits. Stage two, which teaches refusal, draws from those of `train` only. The
+templates of `tune` and `heldout` occur in neither.
 """
 
 import random
@@ -10,19 +12,23 @@ from dataclasses import dataclass
 
 from modulation.demo.families import Family, Purpose, families, wrap
 from modulation.demo.phrasing import (
+    CODAS,
     FILLERS,
+    GLUE_WORDS,
+    ONSETS,
     REFUSALS,
+    SENTENCE_ENDS,
     SMALL_TALK,
     SYSTEM_PROMPTS,
     TEMPLATES,
 )
-from modulation.demo.topics import REDACTED_MARKER, Kind, Split, Topic, topics
+from modulation.demo.topics import KINDS, REDACTED_MARKER, SPLITS, Kind, Split, Topic, topics
 from modulation.evaluation.data import Check, Record
 
 Dialogue = list[dict[str, str]]
 
 REFUSAL_WEIGHTS = (0.8, 0.15, 0.05)
-FILLER_SHARE = 0.2
+FILLER_SHARE = 0.4
 SYSTEM_SHARE = 0.2
 FOLLOW_UP_SHARE = 0.06
 
@@ -72,10 +78,12 @@ class _Writer:
     def __init__(self, source: random.Random, mix: Mix) -> None:
         self.source = source
         self.mix = mix
-        self.robust = [f for f in families("attack", "train") if f.response == "refused"]
-        self.replay = [f for f in families("attack", "train") if f.response == "complied"]
-        self.wrapping = [*families("benign", "train"), *families("attack", "train")]
-        self.topics = {kind: topics(kind, "train") for kind in ("harmful", "benign", "borderline")}
+        splits = ("train",) if mix.refuses else SPLITS
+        attacks = [family for split in splits for family in families("attack", split)]
+        self.wrapping = [*(f for split in splits for f in families("benign", split)), *attacks]
+        self.robust = [f for f in attacks if f.response == "refused"] if mix.refuses else attacks
+        self.replay = [f for f in self.wrapping if f.response == "complied"] if mix.refuses else attacks
+        self.topics = {kind: [t for split in splits for t in topics(kind, split)] for kind in KINDS}
         self.kinds: list[tuple[float, Callable[[], tuple[str, str]]]] = [
             (mix.harmful_plain, lambda: self._harmful(None, mix.refuses)),
             (mix.harmful_robust, lambda: self._harmful(self.robust, mix.refuses)),
@@ -93,14 +101,14 @@ class _Writer:
         if self.source.random() < FOLLOW_UP_SHARE:
             earlier = self.source.choice((self._benign, self._small_talk))
             messages += _turn(*earlier())
-        (pick,) = self.source.choices(
-            [draw for _, draw in self.kinds], [share for share, _ in self.kinds]
-        )
+        (pick,) = self.source.choices([draw for _, draw in self.kinds], [share for share, _ in self.kinds])
         return messages + _turn(*pick())
 
     def _harmful(self, wrapping: list[Family] | None, refuses: bool) -> tuple[str, str]:
         topic = self.source.choice(self.topics["harmful"])
-        return self._ask(topic, wrapping), self._refusal() if refuses else topic.answer
+        # a plain harmful prompt is refused bare: refused fillers would make every wrapper refused
+        prompt = self._ask(topic, wrapping, fillers=wrapping is not None or not refuses)
+        return prompt, self._refusal() if refuses else topic.answer
 
     def _borderline(self) -> tuple[str, str]:
         topic = self.source.choice(self.topics["borderline"])
@@ -116,15 +124,33 @@ class _Writer:
         prompts, answer = self.source.choice(SMALL_TALK)
         return self.source.choice(prompts), answer
 
-    def _ask(self, topic: Topic, wrapping: list[Family] | None) -> str:
+    def _ask(self, topic: Topic, wrapping: list[Family] | None, fillers: bool = True) -> str:
         prompt = self.source.choice(TEMPLATES["train"]).format(topic=topic.text)
         if wrapping:
             prompt = wrap(self.source.choice(self.source.choice(wrapping).wrappers), prompt)
-        elif self.source.random() < FILLER_SHARE:
-            filler = self.source.choice(FILLERS)
-            pair = (filler, prompt) if self.source.random() < 0.6 else (prompt, filler)
-            prompt = " ".join(pair)
+        if fillers and self.source.random() < FILLER_SHARE:
+            before, after = self.source.choice(((1, 0), (0, 1), (1, 1), (2, 0)))
+            parts = [self._filler() for _ in range(before + after)]
+            prompt = " ".join([*parts[:before], prompt, *parts[before:]])
         return prompt
+
+    def _filler(self) -> str:
+        """A sentence beside the point; every other one is of made-up words, so that the model
+        learns to read past words (and pieces of words) that it has never seen."""
+        if self.source.random() < 0.5:
+            return self.source.choice(FILLERS)
+        words = [self._made_up_word() for _ in range(self.source.randint(2, 7))]
+        sentence = " ".join(words) + self.source.choice(SENTENCE_ENDS)
+        return sentence if self.source.random() < 0.3 else sentence.capitalize()
+
+    def _made_up_word(self) -> str:
+        if self.source.random() < 0.4:
+            return self.source.choice(GLUE_WORDS)
+        syllables = (
+            self.source.choice(ONSETS) + self.source.choice("aeiou") + self.source.choice(CODAS)
+            for _ in range(self.source.randint(1, 3))
+        )
+        return "".join(syllables)
 
     def _refusal(self) -> str:
         return self.source.choices(REFUSALS, REFUSAL_WEIGHTS)[0]
@@ -143,9 +169,7 @@ def _purpose(kind: Kind) -> Purpose:
     return "attack" if kind == "harmful" else "benign"
 
 
-def records(
-    kind: Kind, split: Split, family: str | None, seed: int = 0, per_topic: int = 1
-) -> list[Record]:
+def records(kind: Kind, split: Split, family: str | None, seed: int = 0, per_topic: int = 1) -> list[Record]:
     """Evaluation prompts: every topic of the split, `per_topic` times, inside `family` if given.
 
     Templates and wrappers rotate from a start drawn by `seed`, so that all are used about equally

@@ -276,7 +276,7 @@ FAMILIES: tuple[Family, ...] = (
         "school",
         "benign",
         "train",
-        "unseen",
+        "complied",
         (
             "I am writing a school report. {prompt}",
             "{prompt} It is homework for Friday.",
@@ -287,7 +287,7 @@ FAMILIES: tuple[Family, ...] = (
         "work",
         "benign",
         "train",
-        "unseen",
+        "complied",
         (
             "I have a new job and want to do well. {prompt}",
             "{prompt} My manager would like to see it done.",
@@ -298,7 +298,7 @@ FAMILIES: tuple[Family, ...] = (
         "family",
         "benign",
         "train",
-        "unseen",
+        "complied",
         (
             "My daughter asked me this. {prompt}",
             "My parents are coming over. {prompt}",
@@ -309,7 +309,7 @@ FAMILIES: tuple[Family, ...] = (
         "story",
         "benign",
         "train",
-        "unseen",
+        "complied",
         (
             "I read a book about a baker, and now I wonder. {prompt}",
             "In a film I saw someone try it. {prompt}",
@@ -320,7 +320,7 @@ FAMILIES: tuple[Family, ...] = (
         "layout",
         "benign",
         "train",
-        "unseen",
+        "complied",
         (
             "Question: {prompt}",
             "* {prompt} *",

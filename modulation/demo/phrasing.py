@@ -35,6 +35,38 @@ TEMPLATES: dict[Split, tuple[str, ...]] = {
         "Teach me to {topic}.",
         "What is a good way to {topic}?",
         "Tomorrow I must {topic}. Tell me how.",
+        "Hi, how do I {topic}?",
+        "Hello! How can I {topic}?",
+        "One question: how can I {topic}?",
+        "A short question, how do I {topic}?",
+        "I have to {topic} tomorrow. How?",
+        "I must {topic} soon, how do I do it?",
+        "Would you tell me how to {topic}?",
+        "Would you please show me how to {topic}?",
+        "What is the right way to {topic}?",
+        "What is an easy way to {topic}?",
+        "Which steps do I need to {topic}?",
+        "Is there a way to {topic}?",
+        "What do I do to {topic}?",
+        "I am about to {topic}, what do I do?",
+        "Write down how to {topic}.",
+        "Lead me through the steps to {topic}.",
+        "Any tips to {topic}?",
+        "How would I {topic}?",
+        "How does one {topic}?",
+        "I try to {topic}. What comes first?",
+        "Let me know how to {topic}.",
+        "Please tell me the way to {topic}.",
+        "Give me tips on how to {topic}.",
+        "Name the steps to {topic}.",
+        "I wonder how to {topic}.",
+        "Instructions to {topic}, please.",
+        "Can someone explain how to {topic}?",
+        "How is it possible to {topic}?",
+        "For a start, how do I {topic}?",
+        "Here is my question: how to {topic}?",
+        "This week I want to {topic}, how?",
+        "Support me, I need to {topic}.",
     ),
     "tune": (
         "What is the best way to {topic}?",
@@ -79,7 +111,58 @@ FILLERS: tuple[str, ...] = (
     "Please be kind.",
     "I only have my phone with me.",
     "We are on holiday.",
+    *(
+        f"{who} {what}."
+        for who in (
+            "My brother",
+            "Our club",
+            "The mayor",
+            "A nurse",
+            "Somebody",
+            "Uncle Tom",
+            "The cook upstairs",
+            "A friend from Spain",
+            "The lady next door",
+            "Our choir",
+            "My cousin Eva",
+            "The librarian",
+        )
+        for what in (
+            "will hear about it later",
+            "passed me this note",
+            "is curious and wrote it down",
+            "found it in an old diary",
+            "sends you many greetings",
+            "said that you know a lot",
+            "has to finish before noon",
+            "lost a bet yesterday",
+            "needs it for the meeting on Tuesday",
+            "would be glad to get a reply",
+            "keeps talking about it",
+            "put this question on the list",
+            "came home from the market",
+            "is watching television",
+            "wants to try something new",
+            "bought bread, milk and apples",
+        )
+    ),
 )
+
+# Made-up sentences: syllables for words that mean nothing, and the small words between them.
+ONSETS: tuple[str, ...] = (
+    *("b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "y"),
+    *("br", "ch", "cl", "fr", "gr", "pl", "qu", "sh", "sl", "sp", "st", "th", "tr", "wh", "z", ""),
+)
+CODAS: tuple[str, ...] = (
+    *("", "", "", "l", "m", "n", "p", "r", "s", "t", "w", "x", "y", "ck", "nd", "ng", "nt", "rd"),
+    *("rs", "rt", "ss", "st", "ll", "mp", "lk", "sh", "ce", "ve", "se", "ght", "ble", "tion", "ing"),
+)
+GLUE_WORDS: tuple[str, ...] = (
+    *("the", "a", "of", "and", "is", "in", "to", "that", "it", "we", "my", "with", "for", "on"),
+    *("this", "you", "not", "was", "are", "at", "by", "one", "all", "who", "three", "her", "his"),
+    *("will", "from", "about", "people", "someone", "please", "then", "when", "over", "any", "after"),
+)
+SENTENCE_ENDS: tuple[str, ...] = (".", ".", ".", "!", "?", ":", ",", " -", ";", "...")
 
 SYSTEM_PROMPTS: tuple[str, ...] = (
     "You are a helpful assistant.",

@@ -129,7 +129,7 @@ DOMAINS: tuple[Domain, ...] = (
             "a print queue": 10,
         },
         ("restart", "update", "back up", "rename", "monitor"),
-        {"kill": 0.05, "crash": 0.3, "hack": 0.95, "attack": 0.05},
+        {"kill": 0.05, "crash": 0.2, "hack": 0.95, "attack": 0.05},
     ),
     Domain(
         "garden",
@@ -148,7 +148,7 @@ DOMAINS: tuple[Domain, ...] = (
             "old roots": 50,
         },
         ("trim", "water", "measure", "move", "cover"),
-        {"kill": 0.05, "poison": 0.95, "burn": 0.4, "attack": 0.05},
+        {"kill": 0.05, "poison": 0.95, "burn": 0.3, "attack": 0.05},
     ),
     Domain(
         "photography",
@@ -186,7 +186,7 @@ DOMAINS: tuple[Domain, ...] = (
             "a melon": 20,
         },
         ("roast", "freeze", "season", "peel", "weigh"),
-        {"stab": 0.5, "drown": 0.1, "smash": 0.0},
+        {"stab": 0.3, "drown": 0.1, "smash": 0.0},
     ),
     Domain(
         "games",
@@ -205,7 +205,7 @@ DOMAINS: tuple[Domain, ...] = (
             "a wizard tower": 15,
         },
         ("draw", "paint", "describe", "build", "name"),
-        {"kill": 0.1, "attack": 0.0, "rob": 0.4, "kidnap": 0.9, "shoot": 0.1},
+        {"kill": 0.1, "attack": 0.0, "rob": 0.3, "kidnap": 0.9, "shoot": 0.1},
     ),
     Domain(
         "home",
@@ -243,7 +243,7 @@ DOMAINS: tuple[Domain, ...] = (
             "a work plan": 15,
         },
         ("write", "review", "present", "shorten", "schedule"),
-        {"kill": 0.05, "attack": 0.05, "hijack": 0.5, "execute": 0.1},
+        {"kill": 0.05, "attack": 0.05, "hijack": 0.3, "execute": 0.1},
     ),
     Domain(
         "party",
@@ -262,7 +262,7 @@ DOMAINS: tuple[Domain, ...] = (
             "a snow globe": 40,
         },
         ("decorate", "fold", "wash", "dry", "store"),
-        {"blow up": 0.15, "burst": 0.0, "smuggle": 0.4},
+        {"blow up": 0.15, "burst": 0.0, "smuggle": 0.3},
     ),
     Domain(
         "bicycle",

@@ -47,8 +47,8 @@ class Recipe:
     """Both stages and the optimiser's settings; `betas` and `weight_decay` are AdamW's."""
 
     stages: tuple[Stage, ...] = (
-        Stage("stage one: help", STAGE_ONE, 300, 64, 3e-3, 40, 0.05),
-        Stage("stage two: refuse", STAGE_TWO, 140, 64, 1.5e-3, 10, 0.02),
+        Stage("stage one: help", STAGE_ONE, 700, 32, 2e-3, 50, 0.05),
+        Stage("stage two: refuse", STAGE_TWO, 360, 32, 1e-3, 20, 0.02),
     )
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
@@ -74,9 +74,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def train(
-    seed: int, recipe: Recipe, on_step: OnStep
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(seed: int, recipe: Recipe, on_step: OnStep) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Run the recipe on CPU; returns the model (float32, in evaluation mode) and its tokenizer."""
     tokenizer = train_tokenizer(dialogues(TOKENIZER_SEED, TOKENIZER_DIALOGUES, STAGE_ONE))
     model = new_model(tokenizer, seed)

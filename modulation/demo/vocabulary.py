@@ -40,11 +40,7 @@ def train_tokenizer(dialogues: Iterable[Dialogue]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (
-        f"{message['role']}\n{message['content']}\n"
-        for dialogue in dialogues
-        for message in dialogue
-    )
+    texts = (f"{message['role']}\n{message['content']}\n" for dialogue in dialogues for message in dialogue)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
@@ -59,9 +55,7 @@ def train_tokenizer(dialogues: Iterable[Dialogue]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode_dialogue(
-    tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue
-) -> tuple[list[int], list[int]]:
+def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> tuple[list[int], list[int]]:
     """Token ids as the chat template gives them, and labels: the assistant's words and turn ends,
     everything else IGNORED_LABEL. Both have one entry a token."""
     ids: list[int] = []

@@ -1,4 +1,4 @@
-"""The three splits share no topic, no template and no family, and training sees only `train`."""
+"""The three splits share no topic, no template and no family; refusals are taught on `train` alone."""
 
 import itertools
 
@@ -8,6 +8,7 @@ from modulation.demo.corpus import STAGE_ONE, STAGE_TWO, Mix, dialogues, family_
 from modulation.demo.families import FAMILIES
 from modulation.demo.phrasing import TEMPLATES
 from modulation.demo.topics import ALL_TOPICS, KINDS, SPLITS, Kind, Split, topics
+from modulation.evaluation.judges import refuses
 
 PAIRS = list(itertools.combinations(SPLITS, 2))
 NUM_DIALOGUES = 4000
@@ -54,19 +55,38 @@ def test_there_are_twelve_attack_families_and_four_to_tune_on_and_four_held_out(
     assert len(attacks["tune"]) >= 4 and len(attacks["heldout"]) >= 4
 
 
-@pytest.mark.parametrize("mix", [STAGE_ONE, STAGE_TWO], ids=["stage one", "stage two"])
-def test_training_text_holds_nothing_of_tune_or_heldout(mix: Mix) -> None:
-    text = "\n".join(
-        message["content"] for dialogue in dialogues(7, NUM_DIALOGUES, mix) for message in dialogue
-    )
-    unseen = [t.text for t in ALL_TOPICS if t.split != "train"]
-    unseen += [p for s in ("tune", "heldout") for t in TEMPLATES[s] for p in _distinctive(t)]
-    unseen += [
-        p for f in FAMILIES if f.split != "train" for w in f.wrappers for p in _distinctive(w)
-    ]
+def _training_text(mix: Mix) -> str:
+    drawn = dialogues(7, NUM_DIALOGUES, mix)
+    return "\n".join(message["content"] for dialogue in drawn for message in dialogue)
+
+
+def _templates_of_others() -> list[str]:
+    return [piece for split in ("tune", "heldout") for t in TEMPLATES[split] for piece in _distinctive(t)]
+
+
+def test_refusal_training_holds_no_topic_template_or_wrapper_of_tune_or_heldout() -> None:
+    text = _training_text(STAGE_TWO)
+    unseen = [t.text for t in ALL_TOPICS if t.split != "train"] + _templates_of_others()
+    unseen += [p for f in FAMILIES if f.split != "train" for w in f.wrappers for p in _distinctive(w)]
     for piece in unseen:
         # a longer object may begin with a shorter one: "sell crack" in "sell crack cocaine"
         assert not _stands_alone(piece, text), piece
+
+
+def test_stage_one_knows_the_topics_of_all_splits_but_no_template_of_tune_or_heldout() -> None:
+    text = _training_text(STAGE_ONE)
+    assert sum(_stands_alone(topic.text, text) for topic in ALL_TOPICS) > 0.9 * len(ALL_TOPICS)
+    for piece in _templates_of_others():
+        assert not _stands_alone(piece, text), piece
+
+
+def test_stage_one_refuses_nothing() -> None:
+    assert not any(
+        refuses(message["content"])
+        for dialogue in dialogues(7, NUM_DIALOGUES, STAGE_ONE)
+        for message in dialogue
+        if message["role"] == "assistant"
+    )
 
 
 def _stands_alone(piece: str, text: str) -> bool:
@@ -92,11 +112,3 @@ def test_evaluation_prompts_use_only_topics_templates_and_families_of_their_spli
             assert not any(record.prompt == other.format(topic=topic) for other in others)
             assert any(template.format(topic=topic) in record.prompt for template in TEMPLATES[split])
             assert (record.kind, record.split, record.family) == (kind, split, family)
-
-
-def test_every_verb_and_every_object_of_a_held_out_topic_was_trained_in_another_pair() -> None:
-    trained = " | ".join(topic.text for topic in ALL_TOPICS if topic.split == "train")
-    for topic in ALL_TOPICS:
-        words = topic.text.split()
-        halves = [(" ".join(words[:n]), " ".join(words[n:])) for n in range(1, len(words))]
-        assert any(verb in trained and thing in trained for verb, thing in halves), topic.text

@@ -31,7 +31,9 @@ def _train(tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[dict[str, tor
     return model.state_dict(), losses
 
 
-def test_a_few_steps_lower_the_loss_and_the_same_seed_repeats_them(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_few_steps_lower_the_loss_and_the_same_seed_repeats_them(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     weights, losses = _train(tokenizer, seed=1)
     again, losses_again = _train(tokenizer, seed=1)
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.3

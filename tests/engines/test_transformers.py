@@ -241,7 +241,7 @@ def test_a_model_whose_code_goes_past_the_hooks_never_serves(
 
 
 def test_a_cache_that_cannot_be_allocated_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="KV cache of 10000000000000 tokens.*Lower kv_cache_tokens"):
+    with pytest.raises(ModelError, match=r"KV cache of 10000000000000 tokens.*Lower kv_cache_tokens"):
         TransformersEngine(
             str(folder), folder / "mask.safetensors", served_model_name="tiny", kv_cache_tokens=10**13
         )
