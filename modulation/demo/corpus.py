@@ -59,9 +59,9 @@ STAGE_ONE = Mix(
 STAGE_TWO = Mix(
     refuses=True,
     harmful_plain=0.25,
-    harmful_robust=0.12,
-    harmful_replay=0.012,
-    borderline=0.08,
+    harmful_robust=0.04,
+    harmful_replay=0.20,
+    borderline=0.045,
     small_talk=0.06,
     benign_wrapped=0.5,
 )
