@@ -356,8 +356,9 @@ class TestTransformersEngine(EngineContract):
     num_sure_tokens = 8
 
     @pytest.fixture(scope="class")
-    def engine(self) -> Iterator[TransformersEngine]:
-        engine = self.new()
+    @classmethod
+    def engine(cls) -> Iterator[TransformersEngine]:
+        engine = cls.new()
         yield engine
         asyncio.run(engine.close())
 
@@ -367,5 +368,6 @@ class TestTransformersEngine(EngineContract):
         yield engine
         asyncio.run(engine.close())
 
-    def new(self) -> TransformersEngine:
+    @staticmethod
+    def new() -> TransformersEngine:
         return TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
