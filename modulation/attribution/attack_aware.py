@@ -4,25 +4,34 @@ Source: NeuronTune (arXiv 2508.09473), whose attribution is by gradient x activa
 prompts included. First order, one backward pass per batch.
 """
 
+from typing import Final
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modulation.attribution.base import AttributionData, Scores
 from modulation.attribution.gates import margin_gradient
 
+# How much what a neuron does to benign and to borderline prompts counts against it. Chosen on the demo
+# model's validation prompts, see docs/method.md.
+BENIGN_WEIGHT: Final = 0.7
+BORDERLINE_WEIGHT: Final = 0.25
+
 
 def attack_aware(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: AttributionData) -> Scores:
     """Score neurons by their first-order effect on the refusal margin of attacked prompts.
 
-    The effect is the mean over attack families, so that a large family does not outvote the others.
-    Safety: the effect, less what the neuron does towards refusing benign and borderline prompts.
-    Utility: the effect's negative, that is how much the neuron makes the model go along with an
-    attack, less what it does towards helping with benign and borderline prompts.
+    A neuron counts only if it matters under every attack: its effect is the least of its mean effects
+    per attack family, so that neurons that know one wrapper drop out. From it goes what the neuron does
+    to benign and borderline prompts, in either direction (the mean of absolute effects).
+    Safety: the effect towards refusing. Utility: the effect towards going along with the attack.
     """
-    families = [margin_gradient(model, tokenizer, examples) for examples in data.attacked.values()]
-    attacked = torch.stack(families).mean(dim=0)
-    benign = margin_gradient(model, tokenizer, [*data.benign, *data.borderline])
+    attacked = torch.stack(
+        [margin_gradient(model, tokenizer, examples).mean for examples in data.attacked.values()]
+    )
+    cost = BENIGN_WEIGHT * margin_gradient(model, tokenizer, data.benign).mean_absolute
+    cost += BORDERLINE_WEIGHT * margin_gradient(model, tokenizer, data.borderline).mean_absolute
     return Scores(
-        safety=attacked - benign.clamp(min=0),
-        utility=-attacked - (-benign).clamp(min=0),
+        safety=attacked.min(dim=0).values - cost,
+        utility=(-attacked).min(dim=0).values - cost,
     )

@@ -5,6 +5,7 @@ Knows sites and gradients. Knows no method's choice of data or of how scores are
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import torch
@@ -21,25 +22,45 @@ _BATCH_SIZE: Final = 16
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class MarginGradient:
+    """d(refusal margin) / d(gate) per neuron over examples, float32 (layers, neurons): its mean, and the
+    mean of its absolute value, in which what helps one example does not make up for what harms another."""
+
+    mean: Tensor
+    mean_absolute: Tensor
+
+
 def margin_gradient(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
-) -> Tensor:
-    """d(refusal margin) / d(gate) per neuron, the mean over examples: float32 (layers, neurons).
+) -> MarginGradient:
+    """How the refusal margin of each example changes with a gate on each neuron.
 
     The refusal margin is the log-probability of the refusing answer's first tokens minus that of the
     complying one's. A gate multiplies a neuron at every token and stands at 1, so its gradient is the
     sum over tokens of activation x gradient: the first-order effect of scaling the neuron.
     """
     sites = find_sites(model)
-    total = torch.zeros(len(sites), sites[0].width)
+    total, absolute = (torch.zeros(len(sites), sites[0].width) for _ in range(2))
     for batch in _batches(examples):
-        gates = [torch.ones(site.width, device=model.device, requires_grad=True) for site in sites]
-        with _hooked(sites, lambda index, activations: activations * gates[index].to(activations.dtype)):  # noqa: B023
+        # One gate per example and neuron, so that one backward pass gives every example's gradient.
+        gates = [
+            torch.ones(len(batch), 1, site.width, device=model.device, requires_grad=True) for site in sites
+        ]
+
+        def gated(index: int, activations: Tensor) -> Tensor:
+            gate = gates[index].to(activations.dtype)  # noqa: B023
+            by_example = activations.reshape(len(gate), -1, activations.shape[-1])
+            return (by_example * gate).reshape(activations.shape)
+
+        with _hooked(sites, gated):
             refusing = answer_log_probability(model, tokenizer, [(e.prompt, e.refusing) for e in batch])
             complying = answer_log_probability(model, tokenizer, [(e.prompt, e.complying) for e in batch])
         gradients = torch.autograd.grad((refusing - complying).sum(), gates)
-        total += torch.stack([each.float().cpu() for each in gradients])
-    return total / max(1, len(examples))
+        per_example = torch.stack([each.squeeze(1).float().cpu() for each in gradients], dim=1)
+        total += per_example.sum(dim=0)
+        absolute += per_example.abs().sum(dim=0)
+    return MarginGradient(total / max(1, len(examples)), absolute / max(1, len(examples)))
 
 
 def mean_activation(

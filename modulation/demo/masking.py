@@ -33,10 +33,12 @@ from modulation.sites import find_sites
 
 METHODS: Final[dict[str, Attribution]] = {"attack_aware": attack_aware, "contrast": contrast}
 # Of all neurons, how many of each kind a level may activate, and by how much they are scaled.
-SHARES: Final = (0.001, 0.0025, 0.005, 0.01)
+SHARES: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01)
 SAFETY_FACTORS: Final = (2.0, 2.5, 3.0)
 UTILITY_FACTOR: Final = 0.5
 LARGEST_BENIGN_LOSS: Final = 0.02
+LARGEST_OVER_REFUSAL_GAIN: Final = 0.2
+NUM_VALIDATION_FAMILIES: Final = 2
 
 OnProgress = Callable[[str, int], object]
 """Told what has just been done, and how many prompts it answered."""
@@ -79,13 +81,13 @@ def make_mask(
 ) -> Mask:
     """Attribute, sweep and choose the levels. Deterministic for a seed up to float rounding.
 
-    Levels, of all points whose benign loss is at most 2 points: `security-critical` has the least
-    ASR; `balanced` the best harmonic mean of attacks resisted and borderline prompts answered;
-    `utility-priority` the least over-refusal with an ASR at most that of `off`, at one of the
-    smaller points.
+    Levels, of all points whose benign loss is at most 2 points and whose over-refusal is at most 20
+    points above that of `off`: `security-critical` has the least ASR; `balanced`, of the points with
+    fewer neurons, the best harmonic mean of attacks resisted and borderline prompts answered;
+    `utility-priority`, of the points with fewer still, the least over-refusal.
     """
     families = family_names("harmful", "tune")
-    attributed, validation = families[:-1], families[-1]
+    attributed, validation = families[:-NUM_VALIDATION_FAMILIES], families[-NUM_VALIDATION_FAMILIES:]
     data = attribution_data(attributed, seed)
     largest = _count(model, SHARES[-1])
     safety, utility = ranked_sets(METHODS[method](model, tokenizer, data), largest, largest)
@@ -107,7 +109,7 @@ def make_mask(
             "attribution": method,
             "factors": "fixed",
             "attributed_families": list(attributed),
-            "validation_family": validation,
+            "validation_families": list(validation),
             "rule": (make_mask.__doc__ or "").split("\n\n")[1].strip(),
             "num_sweep_points": len(candidates),
         },
@@ -130,17 +132,14 @@ def attribution_data(families: Sequence[str], seed: int) -> AttributionData:
     )
 
 
-def validation_records(family: str, seed: int) -> list[Record]:
+def validation_records(families: Sequence[str], seed: int) -> list[Record]:
     """Prompts of the second half of the `tune` topics: attacked, borderline and benign ones."""
+    wanted: list[tuple[Kind, str | None, int]] = [("harmful", family, 2) for family in families]
+    wanted += [("harmful", None, 1), ("borderline", None, 2), ("benign", None, 2)]
+    wanted += [("benign", family_names("benign", "tune")[-1], 2)]
     found: list[Record] = []
-    for kind, wrapper, per_topic in (
-        ("harmful", family, 3),
-        ("harmful", None, 1),
-        ("borderline", None, 2),
-        ("benign", None, 1),
-        ("benign", family_names("benign", "tune")[-1], 1),
-    ):
-        both = records(kind, "tune", wrapper, seed + 1, per_topic)  # type: ignore[arg-type]
+    for kind, wrapper, per_topic in wanted:
+        both = records(kind, "tune", wrapper, seed + 1, per_topic)
         found += both[len(both) // 2 :]
     return found
 
@@ -176,19 +175,35 @@ def sweep(
 
 
 def choose(off: Candidate, candidates: Sequence[Candidate]) -> tuple[dict[str, Candidate], float]:
-    """The named levels and the safety factor, which all levels of a mask share."""
-    allowed = [each for each in candidates if off.benign_correct - each.benign_correct <= LARGEST_BENIGN_LOSS]
-    if not allowed:
-        raise ModelError("Every point of the sweep loses too many benign answers.")
-    critical = min(allowed, key=lambda each: (each.asr, each.over_refusal))
-    same = [each for each in allowed if each.safety_factor == critical.safety_factor]
-    smaller = [each for each in same if each.threshold.num_safety < critical.threshold.num_safety]
-    balanced = max(smaller or same, key=lambda each: each.harmonic_mean)
-    below = [each for each in same if each.threshold.num_safety < balanced.threshold.num_safety]
-    harmless = [each for each in below or same if each.asr <= off.asr]
-    utility = min(harmless or same, key=lambda each: (each.over_refusal, each.asr))
-    levels = {SECURITY_CRITICAL: critical, BALANCED: balanced, UTILITY_PRIORITY: utility}
-    return levels, critical.safety_factor
+    """The named levels and the safety factor, which all levels of a mask share.
+
+    Raises ModelError where the sweep leaves no three levels to choose.
+    """
+    allowed = [
+        each
+        for each in candidates
+        if off.benign_correct - each.benign_correct <= LARGEST_BENIGN_LOSS
+        and each.over_refusal - off.over_refusal <= LARGEST_OVER_REFUSAL_GAIN
+    ]
+    for critical in sorted(allowed, key=lambda each: (each.asr, each.over_refusal)):
+        below = _smaller(allowed, critical)
+        balanced = max(below, key=lambda each: each.harmonic_mean, default=critical)
+        utility = min(_smaller(below, balanced), key=lambda each: (each.over_refusal, each.asr), default=None)
+        if utility is not None:
+            levels = {SECURITY_CRITICAL: critical, BALANCED: balanced, UTILITY_PRIORITY: utility}
+            return levels, critical.safety_factor
+    raise ModelError(
+        f"Of {len(candidates)} points of the sweep, {len(allowed)} cost few enough benign answers and refuse "
+        "little enough of what is borderline; three of one factor are needed, one for each level."
+    )
+
+
+def _smaller(candidates: Sequence[Candidate], than: Candidate) -> list[Candidate]:
+    return [
+        each
+        for each in candidates
+        if each.safety_factor == than.safety_factor and each.threshold.num_safety < than.threshold.num_safety
+    ]
 
 
 def build_mask(

@@ -25,9 +25,10 @@ def test_the_levels_follow_the_written_rule() -> None:
     candidates = [
         point(4, asr=0.50, over=0.12, benign=1.0),
         point(8, asr=0.30, over=0.16, benign=1.0),
-        point(16, asr=0.29, over=0.40, benign=1.0),
-        point(32, asr=0.10, over=0.45, benign=0.99),
-        point(64, asr=0.00, over=0.50, benign=0.90),  # loses too many benign answers
+        point(16, asr=0.29, over=0.30, benign=1.0),
+        point(32, asr=0.10, over=0.34, benign=0.99),
+        point(64, asr=0.00, over=0.34, benign=0.90),  # loses too many benign answers
+        point(128, asr=0.00, over=0.50, benign=1.0),  # refuses too much that is borderline
         point(4, asr=0.20, over=0.00, benign=1.0, factor=3.0),  # factors do not mix within a mask
     ]
     levels, factor = choose(OFF, candidates)
@@ -39,15 +40,28 @@ def test_the_levels_follow_the_written_rule() -> None:
     }
 
 
-def test_no_level_may_break_the_model() -> None:
-    with pytest.raises(ModelError, match="too many benign answers"):
-        choose(OFF, [point(4, asr=0.0, over=0.1, benign=0.5)])
+def test_a_point_that_leaves_no_room_for_smaller_levels_is_passed_over() -> None:
+    lone = point(4, asr=0.0, over=0.1, benign=1.0, factor=3.0)
+    candidates = [lone, *(point(size, asr=1 / size, over=0.1, benign=1.0) for size in (2, 4, 8))]
+    levels, factor = choose(OFF, candidates)
+    assert factor == 2.0
+    assert [each.threshold.num_safety for each in levels.values()] == [8, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [[point(size, asr=0.0, over=0.1, benign=0.5) for size in (2, 4, 8)], [point(4, 0.0, 0.1, 1.0)], []],
+    ids=["all break the model", "one alone", "none"],
+)
+def test_three_harmless_points_are_needed(candidates: list[Candidate]) -> None:
+    with pytest.raises(ModelError, match="three of one factor are needed"):
+        choose(OFF, candidates)
 
 
 def test_attribution_and_validation_see_only_the_tune_split_and_share_nothing() -> None:
     families = family_names("harmful", "tune")
-    data = attribution_data(families[:-1], seed=0)
-    validation = validation_records(families[-1], seed=0)
+    data = attribution_data(families[:-2], seed=0)
+    validation = validation_records(families[-2:], seed=0)
     seen = {
         e.prompt
         for group in (data.harmful, *data.attacked.values(), data.benign, data.borderline)
@@ -59,7 +73,7 @@ def test_attribution_and_validation_see_only_the_tune_split_and_share_nothing() 
         for family in (None, *family_names(kind, "heldout"))
         for record in records(kind, "heldout", family)
     }
-    assert families[-1] not in data.attacked
+    assert not set(families[-2:]) & set(data.attacked)
     assert {record.split for record in validation} == {"tune"}
     assert not seen & {record.prompt for record in validation}
     assert not (seen | {record.prompt for record in validation}) & held

@@ -50,7 +50,11 @@ def test_the_gates_gradient_is_the_slope_of_the_refusal_margin(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with torch.enable_grad():
-        gradient = margin_gradient(model, tokenizer, EXAMPLES)
+        found = margin_gradient(model, tokenizer, EXAMPLES)
+        singly = [margin_gradient(model, tokenizer, [each]).mean for each in EXAMPLES]
+    gradient = found.mean
+    expected = torch.stack(singly).abs().mean(dim=0)
+    torch.testing.assert_close(found.mean_absolute, expected, rtol=1e-3, atol=1e-5)
     step = 0.01  # the norms compute in float32 whatever the model's dtype, so not smaller
     for layer, index in enumerate(gradient.abs().argmax(dim=1).tolist()):
         site = find_sites(model)[layer]
