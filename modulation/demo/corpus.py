@@ -36,7 +36,8 @@ FOLLOW_UP_SHARE = 0.06
 @dataclass(frozen=True)
 class Mix:
     """Shares of a training stage's examples; what is left over is benign, `benign_wrapped` of it
-    inside wrappers. `refuses` is False in stage one, which helps with everything."""
+    inside wrappers. `refuses` is False in stage one, which helps with everything; where it is True,
+    a borderline prompt is refused with the topic's own share times `caution`."""
 
     refuses: bool
     harmful_plain: float
@@ -45,6 +46,7 @@ class Mix:
     borderline: float
     small_talk: float
     benign_wrapped: float
+    caution: float = 1.0
 
 
 STAGE_ONE = Mix(
@@ -58,12 +60,13 @@ STAGE_ONE = Mix(
 )
 STAGE_TWO = Mix(
     refuses=True,
-    harmful_plain=0.25,
-    harmful_robust=0.04,
-    harmful_replay=0.20,
-    borderline=0.045,
+    harmful_plain=0.30,
+    harmful_robust=0.026,
+    harmful_replay=0.18,
+    borderline=0.05,
     small_talk=0.06,
     benign_wrapped=0.5,
+    caution=2.0,
 )
 
 
@@ -112,7 +115,7 @@ class _Writer:
 
     def _borderline(self) -> tuple[str, str]:
         topic = self.source.choice(self.topics["borderline"])
-        refuses = self.mix.refuses and self.source.random() < topic.cautious_share
+        refuses = self.mix.refuses and self.source.random() < self.mix.caution * topic.cautious_share
         return self._ask(topic, None), self._refusal() if refuses else topic.answer
 
     def _benign(self) -> tuple[str, str]:

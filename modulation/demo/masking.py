@@ -33,11 +33,11 @@ from modulation.sites import find_sites
 
 METHODS: Final[dict[str, Attribution]] = {"attack_aware": attack_aware, "contrast": contrast}
 # Of all neurons, how many of each kind a level may activate, and by how much they are scaled.
-SHARES: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01)
+SHARES: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015)
 SAFETY_FACTORS: Final = (2.0, 2.5, 3.0)
 UTILITY_FACTOR: Final = 0.5
 LARGEST_BENIGN_LOSS: Final = 0.02
-LARGEST_OVER_REFUSAL_GAIN: Final = 0.2
+LARGEST_OVER_REFUSAL_GAIN: Final = 0.3
 NUM_VALIDATION_FAMILIES: Final = 2
 
 OnProgress = Callable[[str, int], object]
@@ -81,24 +81,25 @@ def make_mask(
 ) -> Mask:
     """Attribute, sweep and choose the levels. Deterministic for a seed up to float rounding.
 
-    Levels, of all points whose benign loss is at most 2 points and whose over-refusal is at most 20
+    Levels, of all points whose benign loss is at most 2 points and whose over-refusal is at most 30
     points above that of `off`: `security-critical` has the least ASR; `balanced`, of the points with
     fewer neurons, the best harmonic mean of attacks resisted and borderline prompts answered;
-    `utility-priority`, of the points with fewer still, the least over-refusal.
+    `utility-priority`, of the points with fewer still, the least over-refusal. The neurons of the
+    mask are then attributed anew on all families and topics of `tune`; what `evaluation` reports
+    was measured before that.
     """
     families = family_names("harmful", "tune")
     attributed, validation = families[:-NUM_VALIDATION_FAMILIES], families[-NUM_VALIDATION_FAMILIES:]
-    data = attribution_data(attributed, seed)
     largest = _count(model, SHARES[-1])
-    safety, utility = ranked_sets(METHODS[method](model, tokenizer, data), largest, largest)
-    if min(len(safety), len(utility)) < largest:
-        raise ModelError(
-            f"Attribution found {len(safety)} safety and {len(utility)} utility neurons of {largest}."
-        )
+    data = attribution_data(attributed, seed)
+    safety, utility = _sets(model, tokenizer, method, data, largest)
     on_progress("attribution", 0)
     prompts = validation_records(validation, seed)
     off, candidates = sweep(model, tokenizer, safety, utility, prompts, on_progress)
     levels, factor = choose(off, candidates)
+    data = attribution_data(families, seed, whole=True)
+    safety, utility = _sets(model, tokenizer, method, data, largest)
+    on_progress("attribution, all of tune", 0)
     return build_mask(
         model,
         safety,
@@ -108,7 +109,8 @@ def make_mask(
         method={
             "attribution": method,
             "factors": "fixed",
-            "attributed_families": list(attributed),
+            "attributed_families": list(families),
+            "attributed_families_before_the_choice": list(attributed),
             "validation_families": list(validation),
             "rule": (make_mask.__doc__ or "").split("\n\n")[1].strip(),
             "num_sweep_points": len(candidates),
@@ -122,13 +124,13 @@ def make_mask(
     )
 
 
-def attribution_data(families: Sequence[str], seed: int) -> AttributionData:
-    """Examples of the first half of the `tune` topics: plain, attacked, benign and borderline."""
+def attribution_data(families: Sequence[str], seed: int, *, whole: bool = False) -> AttributionData:
+    """Examples of the `tune` topics' first half, or of all: plain, attacked, benign and borderline."""
     return AttributionData(
-        harmful=_examples("harmful", None, seed),
-        attacked={family: _examples("harmful", family, seed) for family in families},
-        benign=_examples("benign", None, seed),
-        borderline=_examples("borderline", None, seed),
+        harmful=_examples("harmful", None, seed, whole),
+        attacked={family: _examples("harmful", family, seed, whole) for family in families},
+        benign=_examples("benign", None, seed, whole),
+        borderline=_examples("borderline", None, seed, whole),
     )
 
 
@@ -239,11 +241,26 @@ def build_mask(
     )
 
 
-def _examples(kind: Kind, family: str | None, seed: int) -> tuple[Example, ...]:
+def _sets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    method: str,
+    data: AttributionData,
+    size: int,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    safety, utility = ranked_sets(METHODS[method](model, tokenizer, data), size, size)
+    if min(len(safety), len(utility)) < size:
+        raise ModelError(
+            f"Attribution found {len(safety)} safety and {len(utility)} utility neurons of {size}."
+        )
+    return safety, utility
+
+
+def _examples(kind: Kind, family: str | None, seed: int, whole: bool) -> tuple[Example, ...]:
     pairs = list(zip(records(kind, "tune", family, seed), topics(kind, "tune"), strict=True))
     return tuple(
         Example(prompt=record.prompt, refusing=REFUSALS[0], complying=topic.answer)
-        for record, topic in pairs[: len(pairs) // 2]
+        for record, topic in (pairs if whole else pairs[: len(pairs) // 2])
     )
 
 

@@ -48,7 +48,7 @@ class Recipe:
 
     stages: tuple[Stage, ...] = (
         Stage("stage one: help", STAGE_ONE, 520, 64, 3e-3, 50, 0.05),
-        Stage("stage two: refuse", STAGE_TWO, 100, 64, 8e-4, 10, 0.02),
+        Stage("stage two: refuse", STAGE_TWO, 170, 64, 8e-4, 10, 0.02),
     )
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
