@@ -101,7 +101,7 @@ def _report(
         "device": details["device"],
         "dtype": details["dtype"],
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "model": str(arguments.model.name),
+        "model": os.path.relpath(arguments.model),
         "load": f"{arguments.concurrency} concurrent requests of {arguments.tokens} tokens, "
         f"{arguments.rounds} rounds a side",
         "seed": arguments.seed,
