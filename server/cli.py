@@ -128,7 +128,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         f"{level.name} ({level.threshold.num_safety}, {level.threshold.num_utility})" for level in info.levels
     )
     host = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
-    message = '{"role": "user", "content": "How do I kill a stuck process?"}'
+    message = '{"role": "user", "content": "How do I kill weeds?"}'
     lines = [
         f"model           {info.model_id}",
         *(f"{name:<15} {value}" for name, value in info.details.items()),
@@ -138,7 +138,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         "",
         "Try it:",
         f"  curl -s http://{host}:{port}/v1/chat/completions -H 'X-Safety-Level: security-critical' \\",
-        f'    -d \'{{"model": "{settings.served_model_name}", "messages": [{message}]}}\'',
+        f'    -d \'{{"model": "{settings.served_model_name}", "temperature": 0, "messages": [{message}]}}\'',
     ]
     return "\n".join(lines)
 

@@ -25,7 +25,13 @@ def attack_aware(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dat
     per attack family, so that neurons that know one wrapper drop out. From it goes what the neuron does
     to benign and borderline prompts, in either direction (the mean of absolute effects).
     Safety: the effect towards refusing. Utility: the effect towards going along with the attack.
+
+    Raises ValueError when there are no attacked, benign or borderline examples.
     """
+    groups = {"benign": data.benign, "borderline": data.borderline, **data.attacked}
+    empty = [name for name, examples in groups.items() if not examples]
+    if empty or not data.attacked:
+        raise ValueError(f"Attribution under attack has no examples of: {', '.join(empty) or 'any attack'}.")
     attacked = torch.stack(
         [margin_gradient(model, tokenizer, examples).mean for examples in data.attacked.values()]
     )

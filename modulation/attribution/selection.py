@@ -19,26 +19,28 @@ def ranked_sets(
     rank to safety. Only neurons of positive score are taken, so a set can be smaller than asked for.
     """
     width = scores.safety.shape[1]
-    safety_ranks, utility_ranks = _ranks(scores.safety), _ranks(scores.utility)
-    safety = _best(scores.safety, safety_ranks <= utility_ranks, num_safety)
-    utility = _best(scores.utility, utility_ranks < safety_ranks, num_utility)
-    return _positions(safety, width), _positions(utility, width)
+    chosen: tuple[list[int], list[int]] = ([], [])
+    taken: set[int] = set()
+    best = zip(_positive(scores.safety), _positive(scores.utility), strict=True)
+    for pair in best:
+        for neuron, kind, size in zip(pair, chosen, (num_safety, num_utility), strict=True):
+            if neuron is not None and neuron not in taken and len(kind) < size:
+                kind.append(neuron)
+                taken.add(neuron)
+        if len(chosen[0]) == num_safety and len(chosen[1]) == num_utility:
+            break
+    return _positions(chosen[0], width), _positions(chosen[1], width)
 
 
-def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """The rank of every neuron, 0 for the highest score: int64 (neurons,)."""
-    order = scores.flatten().argsort(descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order))
-    return ranks
-
-
-def _best(scores: torch.Tensor, eligible: torch.Tensor, count: int) -> torch.Tensor:
+def _positive(scores: torch.Tensor) -> list[int | None]:
+    """Flat indices of all neurons, best first, with None for those whose score is not positive."""
     flat = scores.flatten()
     order = flat.argsort(descending=True, stable=True)
-    return order[(eligible & (flat > 0))[order]][:count]
+    return [
+        index if positive else None
+        for index, positive in zip(order.tolist(), (flat > 0)[order].tolist(), strict=True)
+    ]
 
 
-def _positions(neurons: torch.Tensor, width: int) -> npt.NDArray[np.int32]:
-    flat = neurons.numpy()
-    return np.stack([flat // width, flat % width], axis=1).astype(np.int32)
+def _positions(neurons: list[int], width: int) -> npt.NDArray[np.int32]:
+    return np.array([divmod(neuron, width) for neuron in neurons], dtype=np.int32).reshape(-1, 2)

@@ -43,7 +43,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the corpus.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = Path("demo-model"),
 ) -> None:
-    """Train the demo model on CPU, in about a quarter of an hour on two cores."""
+    """Train the demo model on CPU, in under 20 minutes on two cores."""
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; a folder is needed.", param_hint="--out")
     recipe = Recipe()

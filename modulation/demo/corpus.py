@@ -37,7 +37,7 @@ FOLLOW_UP_SHARE = 0.06
 class Mix:
     """Shares of a training stage's examples; what is left over is benign, `benign_wrapped` of it
     inside wrappers. `refuses` is False in stage one, which helps with everything; where it is True,
-    a borderline prompt is refused with the topic's own share times `caution`."""
+    a borderline prompt is refused with the topic's own share times `caution`, at most always."""
 
     refuses: bool
     harmful_plain: float
@@ -115,7 +115,8 @@ class _Writer:
 
     def _borderline(self) -> tuple[str, str]:
         topic = self.source.choice(self.topics["borderline"])
-        refuses = self.mix.refuses and self.source.random() < self.mix.caution * topic.cautious_share
+        share = min(1.0, self.mix.caution * topic.cautious_share)
+        refuses = self.mix.refuses and self.source.random() < share
         return self._ask(topic, None), self._refusal() if refuses else topic.answer
 
     def _benign(self) -> tuple[str, str]:

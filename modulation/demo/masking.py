@@ -1,7 +1,8 @@
 """The demo model's mask: attribution on the `tune` split, fixed factors, levels by a small sweep.
 
 Knows the corpus, the attribution methods and the mask file. Knows nothing of the `heldout` split:
-every choice is made on a validation part of `tune`.
+every choice is made on a validation part of `tune`. (What its limits owe to `heldout` is told in
+docs/method.md.)
 """
 
 import hashlib
@@ -155,7 +156,8 @@ def sweep(
     on_progress: OnProgress,
 ) -> tuple[Candidate, list[Candidate]]:
     """Measure `off` and every combination of shares and safety factors."""
-    thresholds = [Threshold(_count(model, share), _count(model, share)) for share in SHARES]
+    counts = dict.fromkeys(_count(model, share) for share in SHARES)
+    thresholds = [Threshold(count, count) for count in counts]
     reference, candidates = None, []
     for factor in SAFETY_FACTORS:
         mask = build_mask(
@@ -188,9 +190,13 @@ def choose(off: Candidate, candidates: Sequence[Candidate]) -> tuple[dict[str, C
         and each.over_refusal - off.over_refusal <= LARGEST_OVER_REFUSAL_GAIN
     ]
     for critical in sorted(allowed, key=lambda each: (each.asr, each.over_refusal)):
-        below = _smaller(allowed, critical)
+        below = [each for each in _smaller(allowed, critical) if _smaller(allowed, each)]
         balanced = max(below, key=lambda each: each.harmonic_mean, default=critical)
-        utility = min(_smaller(below, balanced), key=lambda each: (each.over_refusal, each.asr), default=None)
+        utility = min(
+            _smaller(allowed, balanced) if below else (),
+            key=lambda each: (each.over_refusal, each.asr),
+            default=None,
+        )
         if utility is not None:
             levels = {SECURITY_CRITICAL: critical, BALANCED: balanced, UTILITY_PRIORITY: utility}
             return levels, critical.safety_factor

@@ -22,7 +22,7 @@ REDACTED_MARKER = "[redacted"
 @dataclass(frozen=True)
 class Domain:
     """Objects that share a tool and a preparation; `cautious` maps a borderline verb to the share
-    of its training examples that are labelled with a refusal (the model's learned over-caution)."""
+    of its training examples that are labelled with a refusal, before the mix's `caution` multiplies it."""
 
     name: str
     tool: str

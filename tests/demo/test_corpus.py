@@ -1,13 +1,14 @@
 """The corpus says what its mix promises, and its checks accept its own answers and no others."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from modulation.demo.corpus import STAGE_ONE, STAGE_TWO, check_for, dialogues, records
 from modulation.demo.families import FAMILIES, wrap
 from modulation.demo.phrasing import REFUSALS
-from modulation.demo.topics import ALL_TOPICS
+from modulation.demo.topics import ALL_TOPICS, topics
 from modulation.evaluation.data import Record
 from modulation.evaluation.judges import rule_judge
 
@@ -31,6 +32,20 @@ def test_stage_two_refuses_about_as_often_as_its_mix_says() -> None:
     answers = Counter(d[-1]["content"] in REFUSALS for d in dialogues(0, num_drawn, STAGE_TWO))
     harmful = STAGE_TWO.harmful_plain + STAGE_TWO.harmful_robust
     assert harmful - 0.02 < answers[True] / num_drawn < harmful + STAGE_TWO.borderline + 0.02
+
+
+def test_caution_multiplies_the_share_of_borderline_prompts_that_are_refused() -> None:
+    shares = {}
+    for caution in (0.0, 1.0, 2.0):
+        mix = replace(
+            STAGE_TWO, harmful_plain=0, harmful_robust=0, harmful_replay=0, borderline=1, caution=caution
+        )
+        mix = replace(mix, small_talk=0)
+        answers = [d[-1]["content"] for d in dialogues(0, 4000, mix)]
+        shares[caution] = sum(answer in REFUSALS for answer in answers) / len(answers)
+    labelled = [topic.cautious_share for topic in topics("borderline", "train")]
+    expected = {c: sum(min(1, c * share) for share in labelled) / len(labelled) for c in shares}
+    assert shares == pytest.approx(expected, abs=0.03)
 
 
 def test_complying_with_harm_never_says_anything_usable() -> None:

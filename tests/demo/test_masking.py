@@ -48,6 +48,12 @@ def test_a_point_that_leaves_no_room_for_smaller_levels_is_passed_over() -> None
     assert [each.threshold.num_safety for each in levels.values()] == [8, 4, 2]
 
 
+def test_balanced_leaves_a_smaller_point_for_utility_priority() -> None:
+    candidates = [point(2, 0.2, 0.1, 1.0), point(4, 0.3, 0.3, 1.0), point(8, 0.1, 0.4, 1.0)]
+    levels, _ = choose(OFF, candidates)
+    assert [each.threshold.num_safety for each in levels.values()] == [8, 4, 2]
+
+
 @pytest.mark.parametrize(
     "candidates",
     [[point(size, asr=0.0, over=0.1, benign=0.5) for size in (2, 4, 8)], [point(4, 0.0, 0.1, 1.0)], []],

@@ -111,3 +111,28 @@ def test_the_two_sets_are_ranked_and_disjoint() -> None:
     # (0, 0) leads both lists: at equal rank it is a safety neuron. (1, 0) ranks better as utility.
     assert safety.tolist() == [[0, 0], [0, 1]]
     assert utility.tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_neuron_that_one_set_does_not_take_is_left_to_the_other() -> None:
+    scores = Scores(safety=torch.tensor([[9.0, 8.0, 7.0]]), utility=torch.tensor([[-5.0, -3.0, -1.0]]))
+    safety, utility = ranked_sets(scores, num_safety=3, num_utility=3)
+    assert safety[:, 1].tolist() == [0, 1, 2] and len(utility) == 0
+    scores = Scores(safety=torch.tensor([[9.0, 8.0, 7.0]]), utility=torch.tensor([[3.0, 2.0, 1.0]]))
+    safety, utility = ranked_sets(scores, num_safety=1, num_utility=2)
+    assert safety[:, 1].tolist() == [0] and utility[:, 1].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("left_out", ["attacked", "benign", "borderline", "persona"])
+def test_attribution_without_examples_says_which_are_missing(
+    left_out: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    examples = tuple(EXAMPLES)
+    data = AttributionData(
+        harmful=examples,
+        attacked={} if left_out == "attacked" else {"persona": () if left_out == "persona" else examples},
+        benign=() if left_out == "benign" else examples,
+        borderline=() if left_out == "borderline" else examples,
+    )
+    expected = "any attack" if left_out == "attacked" else left_out
+    with pytest.raises(ValueError, match=f"no examples of: {expected}"):
+        attack_aware(model, tokenizer, data)
