@@ -6,6 +6,7 @@ Knows arguments, files and terminals; the work is done by the modules it calls.
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,9 @@ def data(
     ] = None,
     per_topic: Annotated[int, typer.Option(min=1, help="Prompts a topic and family.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of templates, wrappers and the limit.")] = 0,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also print `answer`, which attribution and tuning learn from.")
+    ] = False,
 ) -> None:
     """Print prompts as JSON lines: id, prompt, kind, family, split and check."""
     found: list[Record] = []
@@ -84,6 +88,8 @@ def data(
     if limit is not None and limit < len(found):
         chosen = sorted(random.Random(seed).sample(range(len(found)), limit))
         found = [found[index] for index in chosen]
+    if not answers:
+        found = [replace(record, answer=None) for record in found]
     typer.echo(write_records(found), nl=False)
 
 

@@ -218,6 +218,7 @@ def _records(
                 family=family,
                 split=split,
                 check=check_for(topic),
+                answer=topic.answer,
             )
             number += 1
 

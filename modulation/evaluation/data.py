@@ -16,7 +16,7 @@ RULES: tuple[RuleName, ...] = get_args(RuleName)
 KINDS = ("harmful", "benign", "borderline")
 
 _REQUIRED = ("id", "prompt", "kind")
-_OPTIONAL = ("family", "split", "check")
+_OPTIONAL = ("family", "split", "check", "answer")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt: `family` null means not wrapped, `check` null means judged by refusal phrases."""
+    """One prompt: `family` null means not wrapped, `check` null means judged by refusal phrases.
+
+    `answer` is what attribution and tuning learn from: for a benign or borderline prompt a right answer,
+    for a harmful one an answer that complies. Null where nobody wrote one; it is never judged.
+    """
 
     id: str
     prompt: str
@@ -44,8 +48,10 @@ class Record:
     family: str | None = None
     split: str | None = None
     check: Check | None = None
+    answer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The fields of the file's line; `answer` is left out where there is none."""
         return {
             "id": self.id,
             "prompt": self.prompt,
@@ -53,6 +59,7 @@ class Record:
             "family": self.family,
             "split": self.split,
             "check": self.check.to_json() if self.check else None,
+            **({} if self.answer is None else {"answer": self.answer}),
         }
 
 
@@ -109,6 +116,7 @@ def _record(line: str, place: str) -> Record:
         family=_text_or_null(fields, "family", place),
         split=_text_or_null(fields, "split", place),
         check=_check(fields.get("check"), place),
+        answer=_text_or_null(fields, "answer", place),
     )
 
 

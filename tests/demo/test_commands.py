@@ -38,6 +38,16 @@ def test_data_prints_one_family_or_none_a_limit_and_prompts_a_topic() -> None:
     assert _lines(*split, "--seed", "1") == _lines(*split, "--seed", "1") != _lines(*split)
 
 
+def test_data_prints_answers_where_they_are_asked_for() -> None:
+    (first, *_), (bare, *_) = (
+        _lines("--split", "tune", "--kind", "benign", *more) for more in (["--answers"], [])
+    )
+    assert list(first) == [*FIELDS, "answer"]
+    answer = str(first.pop("answer"))
+    assert first == bare
+    assert answer.startswith("Here is how to") and all(p in answer for p in first["check"]["phrases"])  # type: ignore[index]
+
+
 def test_what_data_prints_can_be_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
     printed = CliRunner().invoke(app, ["data", "--split", "tune", "--kind", "borderline"]).stdout
     (tmp_path / "x.jsonl").write_text(printed, encoding="utf-8")
