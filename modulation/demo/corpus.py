@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from modulation.demo.families import Family, Purpose, families, wrap
+from modulation.demo.families import Family, Purpose, families
 from modulation.demo.phrasing import (
     CODAS,
     FILLERS,
@@ -23,6 +23,7 @@ from modulation.demo.phrasing import (
     TEMPLATES,
 )
 from modulation.demo.topics import KINDS, REDACTED_MARKER, SPLITS, Kind, Split, Topic, topics
+from modulation.evaluation.attacks import wrap
 from modulation.evaluation.data import Check, Record
 
 Dialogue = list[dict[str, str]]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from modulation.demo.corpus import STAGE_ONE, STAGE_TWO, check_for, dialogues, records
-from modulation.demo.families import FAMILIES, wrap
+from modulation.demo.families import FAMILIES
 from modulation.demo.phrasing import REFUSALS
 from modulation.demo.topics import ALL_TOPICS, topics
+from modulation.evaluation.attacks import wrap
 from modulation.evaluation.data import Record
 from modulation.evaluation.judges import rule_judge
 
