@@ -68,25 +68,35 @@ def write_records(records: Iterable[Record]) -> str:
     return "".join(json.dumps(r.to_json(), ensure_ascii=False) + "\n" for r in records)
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read a file of JSON lines; raises DataError that names file, line, field and what fits."""
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text, with or without a byte order mark; every line end becomes `\\n`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}).") from error
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of JSON lines; raises DataError that names file, line, field and what fits."""
+    return parse_records(read_text(path), path)
+
+
+def parse_records(text: str, path: Path) -> list[Record]:
+    """The records of JSON lines; `path` is for errors, which are those of `read_records`."""
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: holds no prompts; one JSON object a line is expected.")
-    found = [_record(line, f"{path}:{number}") for number, line in lines]
-    _refuse_repeated_ids(found, lines, path)
-    return found
+    found = [(_record(line, f"{path}:{number}"), number) for number, line in lines]
+    refuse_repeated_ids(found, path)
+    return [record for record, _ in found]
 
 
-def _refuse_repeated_ids(found: list[Record], lines: list[tuple[int, str]], path: Path) -> None:
+def refuse_repeated_ids(numbered: Iterable[tuple[Record, int]], path: Path) -> None:
+    """Raise DataError for a record whose id an earlier one has; each comes with its line."""
     first_line: dict[str, int] = {}
-    for record, (number, _) in zip(found, lines, strict=True):
+    for record, number in numbered:
         if record.id in first_line:
             raise DataError(
                 f"{path}:{number}: field 'id': {record.id!r} was used on line "
