@@ -9,7 +9,8 @@ NeuronTuneError
 ├── ModelError              a model that cannot be loaded or served
 │   └── UnsupportedModelError   a model family without an entry in the table of sites
 ├── ModulationError         the modulation could not be put in force; never serve on
-└── DataError               an evaluation or tuning data file that cannot be used
+├── DataError               an evaluation or tuning data file that cannot be used
+└── RemoteError             a server that is asked over HTTP and does not answer as it should
 """
 
 
@@ -51,3 +52,7 @@ class ModulationError(NeuronTuneError):
 
 class DataError(NeuronTuneError):
     """A data file for evaluation or tuning cannot be used."""
+
+
+class RemoteError(NeuronTuneError):
+    """A server that is asked over HTTP cannot be reached, refuses, or answers something else."""

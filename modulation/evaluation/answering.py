@@ -19,10 +19,12 @@ def transformers_answerer(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     on_answered: Callable[[int], object] | None = None,
+    on_answer: Callable[[int, str], object] | None = None,
 ) -> Answerer:
     """Greedy answers to single user messages, in left-padded batches of similar length.
 
-    `on_answered` is told after each batch how many prompts it held (for progress bars).
+    `on_answered` is told after each batch how many prompts it held (for progress bars); `on_answer` is
+    told each prompt's row and answer as soon as it is there.
     """
 
     def answer(prompts: list[str]) -> list[str]:
@@ -32,6 +34,8 @@ def transformers_answerer(
             batch = _generate(model, tokenizer, [texts[row] for row in rows], max_new_tokens)
             for row, text in zip(rows, batch, strict=True):
                 answers[row] = text
+                if on_answer:
+                    on_answer(row, text)
             if on_answered:
                 on_answered(len(rows))
         return answers

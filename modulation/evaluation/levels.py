@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
 from modulation.evaluation.metrics import Metrics, evaluate_answers
-from modulation.levels import Threshold
+from modulation.evaluation.run import AnswerAt, OnAnswer
+from modulation.levels import SafetyLevels, Threshold
 from modulation.modulator import Modulator
 
 
@@ -35,3 +36,22 @@ def metrics_at(
             answers = answer([record.prompt for record in records])
         found.append(evaluate_answers(records, answers))
     return found
+
+
+def answering_in_process(
+    modulator: Modulator,
+    tokenizer: PreTrainedTokenizerBase,
+    levels: SafetyLevels,
+    max_new_tokens: int,
+    batch_size: int,
+) -> AnswerAt:
+    """Greedy answers of the modulated model, at levels by name or number."""
+
+    def answer_at(level: str, prompts: Sequence[str], on_answer: OnAnswer) -> None:
+        answer = transformers_answerer(
+            modulator.model, tokenizer, max_new_tokens, batch_size, on_answer=on_answer
+        )
+        with modulator.applied(levels.parse(level).threshold):
+            answer(list(prompts))
+
+    return answer_at
