@@ -19,7 +19,7 @@ LEVEL_HEADER: Final = "X-Safety-Level"
 NO_KEY: Final = "not-needed"
 MAX_CHARACTERS_SHOWN: Final = 300
 HINTS: Final = {
-    400: "The message says what the server does not accept.",
+    400: "The server does not accept this prompt, model or level.",
     401: "The key is read from the variable {key_variable}.",
     403: "The key is read from the variable {key_variable}.",
     404: "Does the address end as the server's API does, mostly in /v1, and is the model served there?",
@@ -158,7 +158,7 @@ async def _ask(
             extra_headers={} if level is None else {LEVEL_HEADER: level},
         )
     except openai.APIError as error:
-        raise _failure(endpoint, error) from error
+        raise _failure(endpoint, error, f" The prompt began {messages[-1]['content'][:60]!r}.") from error
     applied = response.headers.get(LEVEL_HEADER)
     if level is not None and applied not in (None, level):
         raise RemoteError(
@@ -197,7 +197,7 @@ async def _listed_levels(endpoint: Endpoint) -> ServerLevels:
         return ServerLevels()
 
 
-def _failure(endpoint: Endpoint, error: Exception) -> RemoteError:
+def _failure(endpoint: Endpoint, error: Exception, about: str = "") -> RemoteError:
     import openai
 
     if isinstance(error, openai.APITimeoutError):
@@ -210,7 +210,7 @@ def _failure(endpoint: Endpoint, error: Exception) -> RemoteError:
         answered = _shortened(error.response.text) or "nothing"
         return RemoteError(
             f"{endpoint.url} answered with status {error.status_code}: {answered}. "
-            f"{hint.format(key_variable=endpoint.key_variable)}"
+            f"{hint.format(key_variable=endpoint.key_variable)}{about}"
         )
     reason = error.__cause__ or error
     return RemoteError(f"{endpoint.url} cannot be reached: {reason}. Is the server running there?")
