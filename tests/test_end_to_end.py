@@ -1,6 +1,7 @@
 """The server as a user starts it, with the demo model, asked over HTTP."""
 
 import asyncio
+import json
 import os
 import pickle
 import random
@@ -16,9 +17,12 @@ import httpx
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.corpus import records
+from modulation.evaluation.data import write_records
+from server.cli import app
 from tests.engines.contract import until
 from tests.tiny_models import random_mask, save_mask, tiny_model
 
@@ -113,6 +117,23 @@ async def test_levels_change_answers_and_the_alias_equals_the_header(
             },
         )
         assert aliased.json()["choices"][0]["message"]["content"] == answers["security-critical"][0]
+
+
+def test_a_deployed_server_has_the_figures_of_its_model_in_process(
+    server: tuple[str, psutil.Process], tmp_path: Path
+) -> None:
+    data, figures, answers = tmp_path / "prompts.jsonl", [], []
+    attacked = records("harmful", "tune", "few_shot")[:6]
+    data.write_text(write_records([*attacked, *records("borderline", "tune", None)[:6]]))
+    for name, more in (("in process", []), ("deployed", ["--url", f"{server[0]}/v1"])):
+        out, kept = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        flags = ["--data", str(data), "--levels", "off,security-critical", "--json", str(out)]
+        result = CliRunner().invoke(app, ["evaluate", *flags, "--answers-out", str(kept), *more])
+        assert result.exit_code == 0, result.output
+        figures.append(json.loads(out.read_text())["levels"])
+        answers.append([json.loads(line)["answer"] for line in kept.read_text().splitlines()])
+    assert figures[0] == figures[1] and answers[0] == answers[1]
+    assert figures[0]["off"]["asr"] != figures[0]["security-critical"]["asr"]
 
 
 @pytest.mark.anyio
