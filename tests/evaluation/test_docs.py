@@ -1,0 +1,81 @@
+"""docs/evaluation.md says what the code does: flags, formats, attacks, metrics."""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from modulation.evaluation.answer_file import FIELDS
+from modulation.evaluation.attacks import ATTACKS
+from modulation.evaluation.commands import evaluate
+from modulation.evaluation.datasets import FORMATS
+from modulation.evaluation.judges import REFUSAL_WINDOW
+from modulation.evaluation.metrics import Metrics
+from modulation.evaluation.model_judge import SLOTS, VERDICTS, read_verdict
+from server.cli import app
+from tests.evaluation.test_model_judge import BENIGN
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "evaluation.md").read_text()
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def rows(title: str) -> Iterator[list[str]]:
+    for line in re.findall(r"^\|.*\n", section(title), re.MULTILINE)[2:]:
+        yield [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def names(cell: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"`([^`]+)`", cell))
+
+
+def test_every_flag_is_there_with_its_default() -> None:
+    shown = CliRunner().invoke(app, ["evaluate", "--help"], terminal_width=200).output
+    documented = {names(flag)[0]: names(default) for flag, default, _ in rows("Flags")}
+    assert set(documented) == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    for name, parameter in inspect.signature(evaluate).parameters.items():
+        flag = "--json" if name == "json_out" else f"--{name.replace('_', '-')}"
+        if parameter.default not in (None, "", inspect.Parameter.empty):
+            value = parameter.default
+            assert documented[flag] == (f"{value:g}" if isinstance(value, float) else str(value),)
+
+
+def test_every_format_is_there_with_its_columns() -> None:
+    documented = [(name, names(required), names(allowed)) for name, required, allowed, _ in rows("Formats")]
+    assert documented == [(form.name, form.required, form.unused) for form in FORMATS]
+    for (*_, kind), form in zip(rows("Formats"), FORMATS, strict=True):
+        assert all(each in kind for each in form.kinds)
+
+
+def test_every_attack_family_is_there() -> None:
+    assert [names(name)[0] for name, _ in rows("Attacks")] == list(ATTACKS)
+
+
+def test_every_metric_is_there() -> None:
+    assert {names(name)[0] for name, _ in rows("Metrics")} >= set(Metrics.__annotations__)
+
+
+def test_judges_and_the_answers_file_are_as_described() -> None:
+    judges = section("Judges")
+    assert f"first {REFUSAL_WINDOW} characters" in judges
+    assert all(f"`{{{slot}}}`" in judges for slot in SLOTS) and all(
+        f"`{each}`" in judges for each in VERDICTS
+    )
+    (example,) = re.findall(r"```json\n(.*?)\n```", judges)
+    assert read_verdict(BENIGN, example) is not None
+    assert all(f"`{field}`" in section("Looking at answers, and going on") for field in FIELDS)
+
+
+def test_the_json_example_has_the_shape_that_is_written() -> None:
+    (example,) = re.findall(r"```json\n(.*?)```", section("Metrics"), re.DOTALL)
+    (metrics,) = json.loads(example)["levels"].values()
+    assert set(metrics["asr"]) == set(metrics["asr_by_family"]["json"]) == {
+        *("rate", "count", "total", "low", "high")
+    }  # fmt: skip
