@@ -16,7 +16,7 @@ from typing import Any, Final, TextIO
 
 from modulation.errors import DataError
 from modulation.evaluation.data import Record, write_records
-from modulation.evaluation.judges import Verdict
+from modulation.evaluation.judges import RULE, Verdict
 
 FIELDS: Final = ("run", "level", "id", "kind", "family", "prompt", "answer", "judge", "verdict")
 
@@ -59,9 +59,11 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
         if self._file is not None:
             self._file.close()
 
-    def num_answered(self, records: Sequence[Record], levels: Iterable[str]) -> int:
-        """How many of the records have an answer, counted at each of the levels."""
-        return sum((level, record.id) in self._lines for level in levels for record in records)
+    def num_done(self, records: Sequence[Record], levels: Iterable[str], judge: str) -> int:
+        """How many answers there are for the records at the levels, and verdicts of a judge model."""
+        known = [self.get(level, record) for level in levels for record in records]
+        there = [answered for answered in known if answered is not None]
+        return len(there) + sum(judge != RULE and answered.judge == judge for answered in there)
 
     def get(self, level: str, record: Record) -> Answered | None:
         """What is known of a record at a level."""

@@ -179,10 +179,14 @@ def attacked(records: Sequence[Record], families: Sequence[str], seed: int = 0) 
 
     The result holds the wrapped copies only. A copy's id is the record's with `+family`; check, answer
     and split stay. A family's wrappers rotate from a start drawn by `seed`, so that all are used about
-    equally often. Raises KeyError for a family that is not in the registry: `parse_families` checks.
+    equally often. Raises DataError where another record has a copy's id already, and KeyError for a
+    family that is not in the registry: `parse_families` checks.
     """
     plain = [record for record in records if record.kind == "harmful" and record.family is None]
-    return [copy for family in families for copy in _inside(plain, family, seed)]
+    copies = [copy for family in families for copy in _inside(plain, family, seed)]
+    for taken in {record.id for record in records}.intersection(copy.id for copy in copies):
+        raise DataError(f"Id {taken!r} is needed for a wrapped prompt; give the record another one.")
+    return copies
 
 
 def _inside(plain: Sequence[Record], family: str, seed: int) -> Iterator[Record]:

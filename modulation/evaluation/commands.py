@@ -4,7 +4,6 @@ Knows flags, files and terminals; the work is done by the modules it calls.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,15 +17,15 @@ from modulation.errors import DataError
 from modulation.evaluation.answer_file import AnswerFile, data_digest
 from modulation.evaluation.attacks import ATTACKS, NONE, attacked, parse_families
 from modulation.evaluation.data import Record
-from modulation.evaluation.datasets import read_dataset
+from modulation.evaluation.datasets import other_kinds, read_dataset
+from modulation.evaluation.flags import endpoint_of, given, refuse_misfits, refuse_unwritable
 from modulation.evaluation.judges import RULE, Judge, by_rule
 from modulation.evaluation.metrics import Rate
-from modulation.evaluation.remote import NO_KEY, Endpoint
+from modulation.evaluation.remote import refuse_unreachable
 from modulation.evaluation.report import table
 from modulation.evaluation.run import Evaluation, evaluate_levels
 from modulation.evaluation.sources import DEMO, Source, behind_url, in_process, parse_levels
 
-KEY_VARIABLE: Final = "OPENAI_API_KEY"
 INTERRUPTED: Final = 130
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -57,34 +56,50 @@ def evaluate(
         int | None, typer.Option(min=1, help="In process: prompts answered together; left out: 64.")
     ] = None,
     url: Annotated[str, typer.Option(help="Ask this OpenAI-compatible server, http://.../v1.")] = "",
-    api_key_env: Annotated[str, typer.Option(help="Variable that holds the server's key.")] = KEY_VARIABLE,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once, to server and judge.")] = 8,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")] = 120.0,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Variable that holds the server's key; left out: OPENAI_API_KEY.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests at once, to server and judge; left out: 8.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds that one request may take; left out: 120.")
+    ] = None,
     retries: Annotated[
-        int,
-        typer.Option(min=0, help="Tries after a failed one, with growing pauses, on 429, 5xx and the like."),
-    ] = 5,
+        int | None,
+        typer.Option(min=0, help="Further tries, with pauses, after 429, 5xx and the like; left out: 5."),
+    ] = None,
     judge_url: Annotated[str, typer.Option(help="Judge by a model behind this server.")] = "",
-    judge_model: Annotated[str, typer.Option(help="The judge's name there.")] = "",
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
     judge_prompt: Annotated[Path | None, typer.Option(help="The judge's prompt; left out: ours.")] = None,
     judge_api_key_env: Annotated[
-        str, typer.Option(help="Variable that holds the key of the judge's server.")
-    ] = KEY_VARIABLE,
+        str | None, typer.Option(help="Variable that holds its server's key; left out: OPENAI_API_KEY.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
     answers_out: Annotated[
         Path | None, typer.Option(help="File of answers and verdicts, written on the way; gone on from.")
     ] = None,
 ) -> None:
     """Answer a file of prompts at several safety levels and judge the answers."""
-    _refuse_unwritable({"--json": json_out, "--answers-out": answers_out})
-    if url:
-        _refuse_given({"--mask": mask, "--device": device, "--dtype": dtype, "--batch-size": batch_size})
-    records = _prompts(data, kind, attacks, seed)
+    refuse_unwritable({"--json": json_out, "--answers-out": answers_out})
+    refuse_misfits(
+        url,
+        judge_url,
+        in_process={"--mask": mask, "--device": device, "--dtype": dtype, "--batch-size": batch_size},
+        server={"--api-key-env": api_key_env},
+        judge={
+            "--judge-model": judge_model,
+            "--judge-prompt": judge_prompt,
+            "--judge-api-key-env": judge_api_key_env,
+        },
+        either={"--concurrency": concurrency, "--timeout": timeout, "--retries": retries},
+    )
     names = parse_levels(levels)
-    asking = {"concurrency": concurrency, "timeout_seconds": timeout, "max_retries": retries}
+    records = _prompts(data, kind, attacks, seed)
+    asking = given({"concurrency": concurrency, "timeout_seconds": timeout, "max_retries": retries})
     judge, judge_name = _judge(judge_url, judge_model, judge_prompt, judge_api_key_env, asking)
     if url:
-        endpoint = _endpoint("--url", url, model, "--api-key-env", api_key_env, asking)
+        endpoint = endpoint_of("--url", url, model, "--api-key-env", api_key_env, asking)
         source = behind_url(endpoint, names, max_new_tokens=max_new_tokens, warn=_warn)
     else:
         source = in_process(
@@ -103,20 +118,6 @@ def evaluate(
         typer.echo(f"\nWrote {json_out}.")
 
 
-def _refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    for flag, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise DataError(f"{flag} {path}: the folder {path.parent} does not exist.")
-        if path is not None and path.is_dir():
-            raise DataError(f"{flag} {path} is a folder; a file is needed.")
-
-
-def _refuse_given(flags: Mapping[str, object]) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            raise DataError(f"{flag} does not go with --url, where the server has its own. Leave one out.")
-
-
 def _prompts(data: Path, kind: str | None, attacks: str, seed: int) -> list[Record]:
     families = parse_families(attacks)
     dataset = read_dataset(data, kind)
@@ -125,24 +126,25 @@ def _prompts(data: Path, kind: str | None, attacks: str, seed: int) -> list[Reco
         raise DataError(f"--attacks {attacks}: {data} holds no plain harmful prompt to wrap.")
     inside = f"; {len(wrapped)} more inside {len(families)} attack families" if families else ""
     typer.echo(f"{data}: {dataset}{inside}.")
+    others = other_kinds(dataset.format) if kind is None else ()
+    if others:
+        typer.echo(f"If it is the other file with these columns: --kind {' or '.join(others)}.")
     return [*dataset.records, *wrapped]
 
 
 def _judge(
-    url: str, model: str, prompt: Path | None, key_variable: str, asking: Mapping[str, Any]
+    url: str, model: str | None, prompt: Path | None, key_variable: str | None, asking: Mapping[str, Any]
 ) -> tuple[Judge, str]:
-    """The judge and what tells it from others; the rule where no judge model is asked for."""
+    """The judge, and what tells it from others: the rule, or a model where there is a `url`."""
     if not url:
-        given = {"--judge-model": model or None, "--judge-prompt": prompt}
-        for flag in (flag for flag, value in given.items() if value is not None):
-            raise DataError(f"{flag} needs --judge-url, the address of the judge's server.")
         return by_rule, RULE
     if not model:
         raise DataError("--judge-url needs --judge-model, the judge's name there.")
     from modulation.evaluation.model_judge import DEFAULT_PROMPT, model_judge, name_of, read_prompt
 
-    endpoint = _endpoint("--judge-url", url, model, "--judge-api-key-env", key_variable, asking)
+    endpoint = endpoint_of("--judge-url", url, model, "--judge-api-key-env", key_variable, asking)
     text = read_prompt(prompt or DEFAULT_PROMPT)
+    refuse_unreachable(endpoint)  # now, and not after an hour of answers
     unread: list[str] = []
 
     def on_unread(reply: str) -> None:
@@ -153,23 +155,12 @@ def _judge(
     return model_judge(endpoint, text, on_unread), name_of(endpoint, text)
 
 
-def _endpoint(
-    flag: str, url: str, model: str, key_flag: str, variable: str, asking: Mapping[str, Any]
-) -> Endpoint:
-    if not url.startswith(("http://", "https://")):
-        raise DataError(f"{flag} {url!r} is no address; http://HOST:PORT/v1 or https://HOST/v1 is expected.")
-    key = os.environ.get(variable, "")
-    if not key and variable != KEY_VARIABLE:
-        raise DataError(f"{key_flag} {variable}: this variable is not set, or is empty.")
-    return Endpoint(url.rstrip("/"), model, key or NO_KEY, variable, **asking)
-
-
 def _evaluated(evaluation: Evaluation, source: Source, answers_out: Path | None) -> dict[str, dict[str, Any]]:
     run = {"data": data_digest(evaluation.records), **source.run}
     with AnswerFile(answers_out, run) as kept, tqdm(unit="answer", disable=None) as bar:
-        bar.total = len(evaluation.records) * len(source.titles)
-        bar.update(kept.num_answered(evaluation.records, source.titles))
-        evaluation = replace(evaluation, on_done=lambda what: bar.update(what == "answers"))
+        bar.total = len(evaluation.records) * len(source.titles) * (1 if evaluation.judge_name == RULE else 2)
+        bar.update(kept.num_done(evaluation.records, source.titles, evaluation.judge_name))
+        evaluation = replace(evaluation, on_done=bar.update)
         try:
             return evaluate_levels(evaluation, list(source.titles), kept)
         except KeyboardInterrupt:

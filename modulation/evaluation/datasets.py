@@ -167,6 +167,11 @@ def read_dataset(path: Path, kind: str | None = None) -> Dataset:
     return Dataset(form.name, [record for _, record in found])
 
 
+def other_kinds(name: str) -> tuple[str, ...]:
+    """Of the format with this name: the kinds that another published file with its columns may be."""
+    return next((form.kinds[1:] for form in FORMATS if form.name == name), ())
+
+
 def recognise(header: Sequence[str], path: Path) -> Format:
     """The format with these columns; of several, the one that requires most of them.
 

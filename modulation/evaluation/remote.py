@@ -88,8 +88,16 @@ def listed_levels(endpoint: Endpoint) -> ServerLevels:
 
     Raises RemoteError when the server cannot be reached, fails, or refuses the key.
     """
-    refuse_missing_package()
-    return asyncio.run(_listed_levels(endpoint))
+    found = asyncio.run(_got(endpoint, "/safety-levels"))
+    try:
+        return ServerLevels(tuple(str(level["id"]) for level in found["data"]), found["mask"])
+    except (LookupError, TypeError):
+        return ServerLevels()
+
+
+def refuse_unreachable(endpoint: Endpoint) -> None:
+    """Raise RemoteError when the server cannot be reached, fails, or refuses the key."""
+    asyncio.run(_got(endpoint, "/models"))
 
 
 def refuse_missing_package() -> None:
@@ -179,22 +187,20 @@ def _content(endpoint: Endpoint, body: str) -> str:
         ) from error
 
 
-async def _listed_levels(endpoint: Endpoint) -> ServerLevels:
+async def _got(endpoint: Endpoint, path: str) -> Any:
+    """What the server answers to GET, without a second try; None where it does not know the path."""
+    refuse_missing_package()
     import openai
 
     async with _client(endpoint) as client:
         try:
-            found: Any = await client.with_options(max_retries=0).get("/safety-levels", cast_to=object)
+            return await client.with_options(max_retries=0).get(path, cast_to=object)
         except openai.APIStatusError as error:
             if error.status_code in (401, 403) or error.status_code >= 500:
                 raise _failure(endpoint, error) from error
-            return ServerLevels()
+            return None
         except openai.APIError as error:
             raise _failure(endpoint, error) from error
-    try:
-        return ServerLevels(tuple(str(level["id"]) for level in found["data"]), found["mask"])
-    except (LookupError, TypeError):
-        return ServerLevels()
 
 
 def _failure(endpoint: Endpoint, error: Exception, about: str = "") -> RemoteError:

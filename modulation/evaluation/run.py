@@ -27,7 +27,7 @@ Measure = Callable[[str, Sequence[Record], Sequence[str]], Mapping[str, Any]]
 class Evaluation:
     """What is asked, how it is judged, and what else is measured; `judge_name` tells judges apart.
 
-    `on_done` is told of every answer, and of every verdict that was not there before.
+    `on_done` is told 1 for every new answer, and for every new verdict of a judge that is not the rule.
     """
 
     records: Sequence[Record]
@@ -35,7 +35,7 @@ class Evaluation:
     judge: Judge = by_rule
     judge_name: str = RULE
     measures: Sequence[Measure] = ()
-    on_done: Callable[[str], object] = lambda _what: None
+    on_done: Callable[[int], object] = lambda _number: None
 
 
 def evaluate_levels(
@@ -66,7 +66,7 @@ def _answers(evaluation: Evaluation, level: str, kept: AnswerFile) -> list[str]:
 
     def keep(row: int, answer: str) -> None:
         kept.put(level, pending[row], Answered(answer))
-        evaluation.on_done("answers")
+        evaluation.on_done(1)
 
     if pending:
         evaluation.answer_at(level, [record.prompt for record in pending], keep)
@@ -81,7 +81,8 @@ def _verdicts(evaluation: Evaluation, level: str, kept: AnswerFile) -> list[Verd
 
     def keep(row: int, verdict: Verdict | None) -> None:
         kept.put(level, pending[row], Answered(answers[row], name, verdict))
-        evaluation.on_done("verdicts")
+        if name != RULE:
+            evaluation.on_done(1)
 
     if pending:
         evaluation.judge(pending, answers, keep)

@@ -94,3 +94,8 @@ def test_unknown_families_are_refused_with_the_list(text: str) -> None:
 def test_a_family_named_twice_is_refused() -> None:
     with pytest.raises(DataError, match="named twice"):
         parse_families("json,json")
+
+
+def test_an_id_that_a_wrapped_copy_needs_is_refused() -> None:
+    with pytest.raises(DataError, match=r"Id '0\+json' is needed for a wrapped prompt"):
+        attacked([*PLAIN, Record("0+json", "p", "benign")], ["json"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modulation.errors import DataError
 from modulation.evaluation.data import Record, write_records
-from modulation.evaluation.datasets import FORMATS, Dataset, read_dataset
+from modulation.evaluation.datasets import FORMATS, Dataset, other_kinds, read_dataset
 
 HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
 JAILBREAKBENCH = "Index,Goal,Target,Behavior,Category,Source\n"
@@ -115,6 +115,14 @@ def test_a_kind_that_does_not_fit_the_format_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=words):
         read(tmp_path, text, kind)
+
+
+def test_formats_that_may_be_another_file_say_so() -> None:
+    assert {form.name: other_kinds(form.name) for form in FORMATS if other_kinds(form.name)} == {
+        "JailbreakBench": ("benign", "borderline"),
+        "OR-Bench": ("harmful",),
+    }
+    assert other_kinds("JSON lines") == ()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

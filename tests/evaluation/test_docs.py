@@ -12,9 +12,11 @@ from modulation.evaluation.answer_file import FIELDS
 from modulation.evaluation.attacks import ATTACKS
 from modulation.evaluation.commands import evaluate
 from modulation.evaluation.datasets import FORMATS
+from modulation.evaluation.flags import KEY_VARIABLE
 from modulation.evaluation.judges import REFUSAL_WINDOW
 from modulation.evaluation.metrics import Metrics
 from modulation.evaluation.model_judge import SLOTS, VERDICTS, read_verdict
+from modulation.evaluation.remote import Endpoint
 from server.cli import app
 from tests.evaluation.test_model_judge import BENIGN
 
@@ -40,11 +42,19 @@ def test_every_flag_is_there_with_its_default() -> None:
     shown = CliRunner().invoke(app, ["evaluate", "--help"], terminal_width=200).output
     documented = {names(flag)[0]: names(default) for flag, default, _ in rows("Flags")}
     assert set(documented) == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    endpoint = Endpoint("", "")
+    for flag, value in {
+        "--concurrency": endpoint.concurrency,
+        "--timeout": endpoint.timeout_seconds,
+        "--retries": endpoint.max_retries,
+        "--api-key-env": endpoint.key_variable,
+        "--judge-api-key-env": KEY_VARIABLE,
+    }.items():
+        assert documented[flag] == (f"{value:g}" if isinstance(value, float) else str(value),)
     for name, parameter in inspect.signature(evaluate).parameters.items():
         flag = "--json" if name == "json_out" else f"--{name.replace('_', '-')}"
         if parameter.default not in (None, "", inspect.Parameter.empty):
-            value = parameter.default
-            assert documented[flag] == (f"{value:g}" if isinstance(value, float) else str(value),)
+            assert documented[flag] == (str(parameter.default),)
 
 
 def test_every_format_is_there_with_its_columns() -> None:

@@ -1,6 +1,7 @@
 """A judge model's replies are read strictly; what cannot be read is asked for again and never guessed."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,12 +189,22 @@ def test_a_judge_that_never_gives_a_verdict_is_an_error_and_no_table(ours: Ours,
     assert result.exit_code == 1 and "gave no verdict on any of the 3 answers" in result.stderr
 
 
+def test_a_judge_that_is_not_there_is_named_before_anything_is_answered(ours: Ours, data: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        result = evaluate("--data", data, "--url", ours.url, "--judge-url", url, "--judge-model", "judge")
+    assert result.exit_code == 1 and f"{url} cannot be reached" in result.stderr
+    assert not ours.requests
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--judge-url", "http://x/v1"], "--judge-url needs --judge-model"),
         (["--judge-model", "m"], "--judge-model needs --judge-url"),
         (["--judge-prompt", "f"], "--judge-prompt needs --judge-url"),
+        (["--judge-api-key-env", "K"], "--judge-api-key-env needs --judge-url"),
         (["--judge-url", "x", "--judge-model", "m"], "--judge-url 'x' is no address"),
         (
             ["--judge-url", "http://x/v1", "--judge-model", "m", "--judge-prompt", "/no"],
