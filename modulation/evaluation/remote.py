@@ -201,6 +201,8 @@ async def _got(endpoint: Endpoint, path: str) -> Any:
             return None
         except openai.APIError as error:
             raise _failure(endpoint, error) from error
+        except ValueError:  # says it is JSON, and is not
+            return None
 
 
 def _failure(endpoint: Endpoint, error: Exception, about: str = "") -> RemoteError:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 from typer.testing import CliRunner
 
 from modulation.errors import RemoteError
@@ -241,6 +244,15 @@ def test_levels_are_listed_with_the_masks_digest_or_not_at_all(ours: Ours) -> No
     found = listed_levels(Endpoint(ours.url, "demo"))
     assert found.names[0] == "off" and len(found.names) == 4 and found.mask
     with serving(Scripted(lambda _: "").app()) as url:
+        assert listed_levels(Endpoint(url, "demo")) == ServerLevels()
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_a_list_of_levels_that_is_none_is_no_list(kind: str) -> None:
+    async def page(_request: Request) -> Response:
+        return Response("<html>", media_type=kind)
+
+    with serving(Starlette(routes=[Route("/v1/safety-levels", page)])) as url:
         assert listed_levels(Endpoint(url, "demo")) == ServerLevels()
 
 
