@@ -26,13 +26,14 @@ _FRAMING: Final = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of artefact: how it is called, its metadata entry, its format, and its errors.
+    """A kind of artefact: what one is called and how its file, its metadata entry, format and errors.
 
     `unreadable`: missing, truncated, not safetensors; `malformed`: safetensors with other contents;
     `mismatched`: valid, but made for another model.
     """
 
     name: str
+    file: str
     metadata_key: str
     format_version: int
     unreadable: type[NeuronTuneError]
@@ -60,9 +61,7 @@ def read_file(path: Path, kind: Kind) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise kind.unreadable(
-            f"{kind.name.capitalize()} file {path} cannot be read: {error.strerror}."
-        ) from error
+        raise kind.unreadable(f"{kind.file} {path} cannot be read: {error.strerror}.") from error
 
 
 def write_whole(path: Path, contents: bytes) -> None:
@@ -77,7 +76,7 @@ def read_tensors(contents: bytes, kind: Kind) -> dict[str, npt.NDArray[Any]]:
     if contents[:2] == b"PK" or contents[:1] == b"\x80":
         raise kind.unreadable(
             "this is a pickle or torch.save archive, not safetensors. It was not opened, since "
-            f"reading a pickle can run code; a {kind.name} file is safetensors."
+            f"reading a pickle can run code; a {kind.name} is safetensors."
         )
     try:
         return load_tensors(contents)

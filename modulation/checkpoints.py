@@ -20,6 +20,7 @@ from modulation.errors import CheckpointError
 
 CHECKPOINT: Final = Kind(
     name="checkpoint",
+    file="Checkpoint",
     metadata_key="neurontune_checkpoint",
     format_version=1,
     unreadable=CheckpointError,

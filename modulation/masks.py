@@ -32,6 +32,7 @@ SITE: Final = "mlp_output_projection_input"
 LAYER_BASE: Final = 0
 MASK: Final = Kind(
     name="mask",
+    file="Mask file",
     metadata_key="neurontune",
     format_version=FORMAT_VERSION,
     unreadable=MaskFileError,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from modulation.attribution.base import Scores
 
 SCORES: Final = Kind(
-    name="scores",
+    name="scores file",
+    file="Scores file",
     metadata_key="neurontune_scores",
     format_version=1,
     unreadable=ScoresError,

@@ -98,6 +98,8 @@ def padded(batch: Sequence[Forced], device: torch.device) -> tuple[Tensor, Tenso
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
     answers = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, each in enumerate(batch):
+        # Padded with the row's own last token: transformers warns of padding tokens without a mask.
+        tokens[row] = each.tokens[-1]
         tokens[row, : len(each.tokens)] = torch.tensor(each.tokens)
         answers[row, each.start - 1 : max(each.start, len(each.tokens) - 1)] = True
     return tokens.to(device), answers.to(device)
