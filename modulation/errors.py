@@ -9,7 +9,9 @@ NeuronTuneError
 ├── ModelError              a model that cannot be loaded or served
 │   └── UnsupportedModelError   a model family without an entry in the table of sites
 ├── ModulationError         the modulation could not be put in force; never serve on
-├── DataError               an evaluation or tuning data file that cannot be used
+├── DataError               data, or an option of what reads them, that cannot be used
+├── ScoresError             a scores file that cannot be used, or that was made for another model
+├── CheckpointError         an interrupted run that cannot be gone on with
 └── RemoteError             a server that is asked over HTTP and does not answer as it should
 """
 
@@ -51,7 +53,15 @@ class ModulationError(NeuronTuneError):
 
 
 class DataError(NeuronTuneError):
-    """A data file for evaluation or tuning cannot be used."""
+    """Data for evaluation, attribution or tuning, or an option of what reads them, cannot be used."""
+
+
+class ScoresError(NeuronTuneError):
+    """A scores file is missing or malformed, or it was made for another model."""
+
+
+class CheckpointError(NeuronTuneError):
+    """A checkpoint is damaged, or it belongs to another run than the one that found it."""
 
 
 class RemoteError(NeuronTuneError):

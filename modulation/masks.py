@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save as save_tensors
 
+from modulation.artefacts import Kind, check_made_for, read_file, read_metadata, read_tensors, write_whole
 from modulation.errors import LevelError, MaskFileError, MaskFormatError, MaskMismatchError
 from modulation.levels import SafetyLevels, Threshold
 
@@ -31,7 +30,15 @@ FORMAT_VERSION: Final = 1
 OPERATION: Final = "multiply"
 SITE: Final = "mlp_output_projection_input"
 LAYER_BASE: Final = 0
-_METADATA_KEY: Final = "neurontune"
+MASK: Final = Kind(
+    name="mask",
+    file="Mask file",
+    metadata_key="neurontune",
+    format_version=FORMAT_VERSION,
+    unreadable=MaskFileError,
+    malformed=MaskFormatError,
+    mismatched=MaskMismatchError,
+)
 _TENSORS: Final = {
     "safety.neurons": (np.int32, 2),
     "safety.factors": (np.float32, 1),
@@ -116,13 +123,11 @@ class Mask:
             "utility.factors": self.utility.factors,
         }
         metadata = json.dumps(self.metadata.model_dump(mode="json"))
-        return save_tensors(tensors, metadata={_METADATA_KEY: metadata})
+        return save_tensors(tensors, metadata={MASK.metadata_key: metadata})
 
     def save(self, path: Path) -> None:
         """Write the mask file, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(self.to_bytes())
-        partial.replace(path)
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -132,10 +137,7 @@ class Mask:
             MaskFileError: missing, truncated, or not safetensors.
             MaskFormatError: tensors or metadata that do not make a mask.
         """
-        try:
-            contents = path.read_bytes()
-        except OSError as error:
-            raise MaskFileError(f"Mask file {path} cannot be read: {error.strerror}.") from error
+        contents = read_file(path, MASK)
         try:
             return cls.from_bytes(contents)
         except (MaskFileError, MaskFormatError) as error:
@@ -144,15 +146,7 @@ class Mask:
     @classmethod
     def from_bytes(cls, contents: bytes) -> Self:
         """The mask that `to_bytes` wrote. Raises as `load` does."""
-        if contents[:2] == b"PK" or contents[:1] == b"\x80":
-            raise MaskFileError(
-                "this is a pickle or torch.save archive, not safetensors. It was not opened, since "
-                "reading a pickle can run code; write masks with `Mask.save`."
-            )
-        try:
-            tensors = load_tensors(contents)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise MaskFileError(f"not a whole safetensors file ({error}). Copy or make it again.") from error
+        tensors = read_tensors(contents, MASK)
         mask = cls(
             safety=_neuron_set("safety", tensors),
             utility=_neuron_set("utility", tensors),
@@ -168,37 +162,7 @@ class Mask:
             MaskMismatchError: another architecture, shape or set of weights.
             UnsupportedModelError: the model's family has no known sites.
         """
-        # Imported here, so that a mask can be read and shown without loading torch.
-        from modulation.fingerprints import fingerprint
-        from modulation.sites import find_sites
-
-        sites = find_sites(model)
-        expected = self.metadata
-        architecture = type(model).__name__
-        if architecture != expected.architecture:
-            raise MaskMismatchError(
-                f"The mask was made for architecture {expected.architecture} ({expected.model_id}); "
-                f"this model is {architecture}. Use this model's own mask."
-            )
-        if len(sites) != expected.num_layers:
-            raise MaskMismatchError(
-                f"The mask was made for {expected.num_layers} layers ({expected.model_id}); "
-                f"this model has {len(sites)}. Use this model's own mask."
-            )
-        for site in sites:
-            if site.width != expected.neurons_per_layer:
-                raise MaskMismatchError(
-                    f"The mask was made for {expected.neurons_per_layer} neurons per layer "
-                    f"({expected.model_id}); layer {site.layer} of this model has {site.width}. "
-                    "Use this model's own mask."
-                )
-        actual = fingerprint(model)
-        if actual != expected.model_fingerprint:
-            raise MaskMismatchError(
-                f"The mask was made for weights with fingerprint {expected.model_fingerprint} "
-                f"({expected.model_id}); this model's is {actual}. The architecture is the same but "
-                "the weights are not: use this model's own mask, or make one for these weights."
-            )
+        check_made_for(model, self.metadata, MASK)
 
 
 def describe(mask: Mask) -> str:
@@ -259,27 +223,7 @@ def _neuron_set(kind: str, tensors: dict[str, npt.NDArray[Any]]) -> NeuronSet:
 
 
 def _metadata(contents: bytes) -> MaskMetadata:
-    header_size = int.from_bytes(contents[:8], "little")
-    entries = _json_object(contents[8 : 8 + header_size], "header").get("__metadata__") or {}
-    if _METADATA_KEY not in entries:
-        raise MaskFormatError(
-            f"this is a safetensors file without the metadata entry {_METADATA_KEY!r}: not a mask."
-        )
-    for name in entries:
-        if name != _METADATA_KEY:
-            raise MaskFormatError(f"unknown metadata entry {name!r}; a mask has only {_METADATA_KEY!r}.")
-    raw = _json_object(entries[_METADATA_KEY], "metadata")
-    version = raw.get("format_version")
-    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
-        raise MaskFormatError(
-            f"format version {version!r} is not supported; this program reads {FORMAT_VERSION}."
-        )
-    try:
-        metadata = MaskMetadata.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MaskFormatError(f"metadata field {where!r}: {first['msg']}.") from error
+    metadata = read_metadata(contents, MASK, MaskMetadata)
     for name, value, expected in (
         ("operation", metadata.operation, OPERATION),
         ("site", metadata.site, SITE),
@@ -288,16 +232,6 @@ def _metadata(contents: bytes) -> MaskMetadata:
         if value != expected:
             raise MaskFormatError(f"{name} {value!r} is not supported; this program applies {expected!r}.")
     return metadata
-
-
-def _json_object(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise MaskFormatError(f"the {what} is not JSON that can be read ({error}).") from error
-    if not isinstance(value, dict):
-        raise MaskFormatError(f"the {what} is not a JSON object.")
-    return value
 
 
 def _check_set(kind: str, neurons: NeuronSet, metadata: MaskMetadata) -> None:

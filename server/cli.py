@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
+from modulation.attribution.commands import attribute
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
@@ -166,6 +167,7 @@ serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 app.command()(serve)
 app.command()(evaluate)
+app.command()(attribute)
 
 
 @app.command("inspect")

@@ -1,43 +1,162 @@
 """Attribution under attack: which neurons make the model refuse when somebody talks it out of it.
 
 Source: NeuronTune (arXiv 2508.09473), whose attribution is by gradient x activation with attacked
-prompts included. First order, one backward pass per batch.
+prompts included. First order, two backward passes a batch. Formulas: docs/attribution.md.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modulation.attribution.accumulate import Accumulator, Pass, Totals
 from modulation.attribution.base import AttributionData, Scores
-from modulation.attribution.gates import margin_gradient
+from modulation.attribution.gates import Integrated, gate_effects, gate_values
+from modulation.attribution.teacher_forcing import (
+    NUM_MARGIN_TOKENS,
+    WHOLE,
+    Both,
+    Forced,
+    Forcing,
+    answer_log_probability,
+)
+from modulation.errors import DataError
+from modulation.sites import Site, find_sites
+
+Utility = Literal["helpful", "complying"]
+Cost = Literal["absolute", "positive"]
 
 # How much what a neuron does to benign and to borderline prompts counts against it. Chosen on the demo
 # model's validation prompts, see docs/method.md.
 BENIGN_WEIGHT: Final = 0.7
 BORDERLINE_WEIGHT: Final = 0.25
 
+_PLAIN: Final = "harmful"
+_ATTACK: Final = "attack: "
+_HELPFUL: Final = "helpful: "
 
-def attack_aware(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: AttributionData) -> Scores:
+
+def attack_aware(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: AttributionData,
+    accumulator: Accumulator,
+    *,
+    utility: Utility = "helpful",
+    benign_weight: float = BENIGN_WEIGHT,
+    borderline_weight: float = BORDERLINE_WEIGHT,
+    cost: Cost = "absolute",
+    include_plain: bool = True,
+    helpful_borderline: float = 0.5,
+    margin_tokens: int = NUM_MARGIN_TOKENS,
+    utility_tokens: int = WHOLE,
+    integrated: Integrated = "none",
+    steps: int = 8,
+) -> Scores:
     """Score neurons by their first-order effect on the refusal margin of attacked prompts.
 
-    A neuron counts only if it matters under every attack: its effect is the least of its mean effects
-    per attack family, so that neurons that know one wrapper drop out. From it goes what the neuron does
-    to benign and borderline prompts, in either direction (the mean of absolute effects).
-    Safety: the effect towards refusing. Utility: the effect towards going along with the attack.
+    The refusal margin is the log-probability of the refusing answer's first `margin_tokens` tokens minus
+    that of the complying one's. A neuron counts only if it matters under every attack: its effect is the
+    least of its mean effects per attack family and, with `include_plain`, on plain harmful prompts.
+    From it goes the cost: what the neuron does to the margin of benign and borderline prompts, weighted.
 
-    Raises ValueError when there are no attacked, benign or borderline examples.
+    `cost`: `absolute` is the mean of absolute effects, in which what helps one prompt does not make up for
+    what harms another; `positive` is the positive part of the mean effect.
+    `utility`: `helpful` is the effect on the log-probability of the right answers' first `utility_tokens`
+    tokens (0: whole answers) to benign prompts and, with the share `helpful_borderline`, to borderline
+    ones; `complying` is the effect towards going along with every attack, less the cost.
+    `integrated`, `steps`: see `gate_values`.
+
+    Raises DataError for missing examples and for options that are out of range.
     """
-    groups = {"benign": data.benign, "borderline": data.borderline, **data.attacked}
-    empty = [name for name, examples in groups.items() if not examples]
-    if empty or not data.attacked:
-        raise ValueError(f"Attribution under attack has no examples of: {', '.join(empty) or 'any attack'}.")
-    attacked = torch.stack(
-        [margin_gradient(model, tokenizer, examples).mean for examples in data.attacked.values()]
-    )
-    cost = BENIGN_WEIGHT * margin_gradient(model, tokenizer, data.benign).mean_absolute
-    cost += BORDERLINE_WEIGHT * margin_gradient(model, tokenizer, data.borderline).mean_absolute
-    return Scores(
-        safety=attacked.min(dim=0).values - cost,
-        utility=(-attacked).min(dim=0).values - cost,
-    )
+    values = gate_values(integrated, steps)
+    _check_options(utility, cost, helpful_borderline, margin_tokens, utility_tokens)
+    _check_data(data, include_plain, borderline_weight, helpful_borderline if utility == "helpful" else 0.0)
+    sites, forcing = find_sites(model), Forcing(model, tokenizer)
+
+    def margins(batch: Sequence[Both]) -> dict[str, Tensor]:
+        effects = _log_probability_effects(model, sites, [each.refusing for each in batch], values)
+        effects = effects - _log_probability_effects(model, sites, [each.complying for each in batch], values)
+        return {"effect": effects.sum(dim=0), "absolute": effects.abs().sum(dim=0)}
+
+    def likelihoods(batch: Sequence[Forced]) -> dict[str, Tensor]:
+        return {"effect": _log_probability_effects(model, sites, batch, values).sum(dim=0)}
+
+    groups = {f"{_ATTACK}{family}": examples for family, examples in data.attacked.items()}
+    groups |= {_PLAIN: data.harmful} if include_plain else {}
+    groups |= {"benign": data.benign}
+    groups |= {"borderline": data.borderline} if borderline_weight else {}
+    passes: list[Pass[Both] | Pass[Forced]] = [
+        Pass(name, forcing.both(examples, margin_tokens), margins) for name, examples in groups.items()
+    ]
+    shares = _helpful_shares(helpful_borderline) if utility == "helpful" else {}
+    for group in shares:
+        right = forcing.complying(getattr(data, group), utility_tokens)
+        passes.append(Pass(f"{_HELPFUL}{group}", right, likelihoods))
+    totals = accumulator.run(passes)
+
+    harmful = [totals[name].mean("effect") for name in groups if name == _PLAIN or name.startswith(_ATTACK)]
+    weights = {"benign": benign_weight, "borderline": borderline_weight}
+    if utility == "helpful":
+        useful = _weighted({name: totals[f"{_HELPFUL}{name}"].mean("effect") for name in shares}, shares)
+    else:
+        useful = _every([-each for each in harmful]) - _cost(totals, weights, cost, -1.0)
+    return Scores(safety=_every(harmful) - _cost(totals, weights, cost, 1.0), utility=useful)
+
+
+def _log_probability_effects(
+    model: PreTrainedModel, sites: Sequence[Site], batch: Sequence[Forced], values: Sequence[float]
+) -> Tensor:
+    return gate_effects(model, sites, lambda: answer_log_probability(model, batch), values)
+
+
+def _every(means: Sequence[Tensor]) -> Tensor:
+    """The least of a neuron's mean effects: it counts only as far as it matters in every group."""
+    return torch.stack(list(means)).min(dim=0).values
+
+
+def _cost(totals: dict[str, Totals], weights: dict[str, float], cost: Cost, sign: float) -> Tensor:
+    """What scaling up a neuron costs, `sign` being the direction in which it moves the margin."""
+    parts = {
+        name: totals[name].mean("absolute")
+        if cost == "absolute"
+        else (sign * totals[name].mean("effect")).clamp(min=0)
+        for name, weight in weights.items()
+        if weight
+    }
+    return _weighted(parts, weights)
+
+
+def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    return sum((weights[name] * part for name, part in parts.items()), torch.zeros(()))
+
+
+def _helpful_shares(borderline: float) -> dict[str, float]:
+    shares = {"benign": 1.0 - borderline, "borderline": borderline}
+    return {name: share for name, share in shares.items() if share}
+
+
+def _check_options(
+    utility: str, cost: str, helpful_borderline: float, margin_tokens: int, utility_tokens: int
+) -> None:
+    for name, value, accepted in (("utility", utility, get_args(Utility)), ("cost", cost, get_args(Cost))):
+        if value not in accepted:
+            raise DataError(f"Option {name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
+    if not 0 <= helpful_borderline <= 1:
+        raise DataError(f"Option helpful_borderline={helpful_borderline:g}: a share from 0 to 1 is needed.")
+    for name, number in (("margin_tokens", margin_tokens), ("utility_tokens", utility_tokens)):
+        if number < 0:
+            raise DataError(f"Option {name}={number}: a whole number from 0 is needed (0: all tokens).")
+
+
+def _check_data(
+    data: AttributionData, include_plain: bool, borderline_weight: float, helpful_borderline: float
+) -> None:
+    data.require("attacked", "benign", *(["harmful"] if include_plain else []))
+    if borderline_weight or helpful_borderline:
+        data.require(
+            "borderline",
+            way_out=" Options borderline_weight=0 and helpful_borderline=0 do without.",
+        )

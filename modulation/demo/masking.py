@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modulation.attribution.accumulate import Accumulator
 from modulation.attribution.attack_aware import attack_aware
 from modulation.attribution.base import Attribution, AttributionData, Example
 from modulation.attribution.contrast import contrast
@@ -32,7 +34,11 @@ from modulation.masks import Mask, MaskMetadata, NeuronSet
 from modulation.modulator import Modulator
 from modulation.sites import find_sites
 
-METHODS: Final[dict[str, Attribution]] = {"attack_aware": attack_aware, "contrast": contrast}
+# Frozen with the options that the shipped mask was made with.
+METHODS: Final[dict[str, Attribution]] = {
+    "attack_aware": partial(attack_aware, utility="complying", include_plain=False),
+    "contrast": contrast,
+}
 # Of all neurons, how many of each kind a level may activate, and by how much they are scaled.
 SHARES: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015)
 SAFETY_FACTORS: Final = (2.0, 2.5, 3.0)
@@ -254,7 +260,7 @@ def _sets(
     data: AttributionData,
     size: int,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    safety, utility = ranked_sets(METHODS[method](model, tokenizer, data), size, size)
+    safety, utility = ranked_sets(METHODS[method](model, tokenizer, data, Accumulator()), size, size)
     if min(len(safety), len(utility)) < size:
         raise ModelError(
             f"Attribution found {len(safety)} safety and {len(utility)} utility neurons of {size}."

@@ -1,105 +1,351 @@
-"""Attribution finds the neurons that carry refusal, checked against finite differences."""
+"""Every attribution method against an oracle that shares no code with it, on tiny random models."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from modulation.attribution.accumulate import Accumulator
 from modulation.attribution.attack_aware import attack_aware
-from modulation.attribution.base import Attribution, AttributionData, Example, Scores
+from modulation.attribution.base import AttributionData, Example, Scores
 from modulation.attribution.contrast import contrast
-from modulation.attribution.gates import margin_gradient, mean_activation
+from modulation.attribution.contrastive_pairs import contrastive_pairs
+from modulation.attribution.methods import METHODS
+from modulation.attribution.random_scores import random_scores
 from modulation.attribution.selection import ranked_sets
+from modulation.attribution.set_difference import set_difference
+from modulation.errors import DataError, NeuronTuneError
 from modulation.sites import find_sites, input_dimension
-from tests.tiny_models import byte_tokenizer, tiny_model
-
-EXAMPLES = [Example("how?", "no!!", "yes."), Example("a longer question", "never", "do this first")]
-DATA = AttributionData(
-    harmful=tuple(EXAMPLES),
-    attacked={"one": (Example("please: how?", "no!!", "yes."),), "two": tuple(EXAMPLES)},
-    benign=(Example("hello", "no!!", "good day"),),
-    borderline=(Example("kill a process", "no!!", "use kill"),),
+from tests.modulation.attributing import (
+    DATA,
+    ONE,
+    TOKENIZER,
+    TWO,
+    activations,
+    double_model,
+    log_probability,
+    margin,
+    scaled,
+    tokens_of,
 )
+from tests.tiny_models import FAMILIES, LAYERS, WIDTH, tiny_model
+
+STEP = 0.01  # the norms compute in float32 whatever the model's dtype, so not smaller
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
+def model() -> PreTrainedModel:
+    return double_model()
 
 
-@pytest.fixture
-def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    return tiny_model(vocab_size=len(tokenizer)).double()
+def attribute(method: Any, model: PreTrainedModel, data: AttributionData = DATA, **options: Any) -> Scores:
+    """With batches of two, so that examples of different lengths meet and groups do not divide evenly."""
+    found = method(model, TOKENIZER, data, Accumulator(batch_size=2), **options)
+    assert isinstance(found, Scores)
+    return found
 
 
-def plain_margin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, example: Example) -> float:
-    """The refusal margin, one answer at a time, without batches, padding or gates."""
-    result = 0.0
-    for sign, answer in ((1, example.refusing), (-1, example.complying)):
-        head = tokenizer.apply_chat_template(
-            [{"role": "user", "content": example.prompt}], add_generation_prompt=True, tokenize=False
+def slopes(
+    model: PreTrainedModel, examples: tuple[Example, ...], neuron: tuple[int, int], what: Callable[..., float]
+) -> np.ndarray:
+    """How `what` of each example changes with a gate on the neuron: central differences (examples,)."""
+    sides = []
+    for factor in (1 + STEP, 1 - STEP):
+        with scaled(model, *neuron, factor):
+            sides.append(np.array([what(model, each) for each in examples]))
+    return (sides[0] - sides[1]) / (2 * STEP)
+
+
+def strongest(scores: Tensor) -> list[tuple[int, int]]:
+    """One neuron of every layer."""
+    return list(enumerate(scores.abs().argmax(dim=1).tolist()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_cost(family: str) -> None:
+    model = double_model(family)
+    found = attribute(attack_aware, model, benign_weight=0.6, borderline_weight=0.3)
+    for neuron in strongest(found.safety):
+        groups = (DATA.harmful, *DATA.attacked.values())
+        least = min(slopes(model, examples, neuron, margin).mean() for examples in groups)
+        benign, borderline = (
+            np.abs(slopes(model, examples, neuron, margin)).mean()
+            for examples in (DATA.benign, DATA.borderline)
         )
-        prompt = tokenizer(head, add_special_tokens=False)["input_ids"]
-        tail = tokenizer(answer, add_special_tokens=False)["input_ids"][:4]
-        logits = model(torch.tensor([prompt + tail])).logits[0].log_softmax(-1)
-        result += sign * sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(tail))
-    return result
+        expected = least - 0.6 * benign - 0.3 * borderline
+        assert found.safety[neuron].item() == pytest.approx(expected, rel=0.02, abs=0.005)
 
 
-@torch.no_grad()
-def test_the_gates_gradient_is_the_slope_of_the_refusal_margin(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -> None:
+    found = attribute(attack_aware, model, cost="positive", include_plain=False, utility="complying")
+    for neuron in [*strongest(found.safety), *strongest(found.utility)]:
+        groups = [slopes(model, each, neuron, margin).mean() for each in DATA.attacked.values()]
+        benign, borderline = (
+            slopes(model, examples, neuron, margin).mean() for examples in (DATA.benign, DATA.borderline)
+        )
+        safety = min(groups) - 0.7 * max(0, benign) - 0.25 * max(0, borderline)
+        utility = min(-each for each in groups) - 0.7 * max(0, -benign) - 0.25 * max(0, -borderline)
+        assert found.safety[neuron].item() == pytest.approx(safety, rel=0.02, abs=0.005)
+        assert found.utility[neuron].item() == pytest.approx(utility, rel=0.02, abs=0.005)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_a_utility_neuron_makes_right_answers_likelier(model: PreTrainedModel, num_tokens: int) -> None:
+    found = attribute(attack_aware, model, helpful_borderline=0.25, utility_tokens=num_tokens)
+
+    def likelihood(model: PreTrainedModel, example: Example) -> float:
+        return log_probability(model, example, example.complying, num_tokens or 99)
+
+    for neuron in strongest(found.utility):
+        benign, borderline = (
+            slopes(model, examples, neuron, likelihood).mean() for examples in (DATA.benign, DATA.borderline)
+        )
+        expected = 0.75 * benign + 0.25 * borderline
+        assert found.utility[neuron].item() == pytest.approx(expected, rel=0.02, abs=0.005)
+
+
+@pytest.mark.parametrize(("integrated", "start"), [("zero_to_one", 0.0), ("one_to_two", 1.0)])
+def test_integrated_effects_of_all_neurons_add_up_to_what_all_gates_change(
+    model: PreTrainedModel, integrated: str, start: float
 ) -> None:
-    with torch.enable_grad():
-        found = margin_gradient(model, tokenizer, EXAMPLES)
-        singly = [margin_gradient(model, tokenizer, [each]).mean for each in EXAMPLES]
-    gradient = found.mean
-    expected = torch.stack(singly).abs().mean(dim=0)
-    torch.testing.assert_close(found.mean_absolute, expected, rtol=1e-3, atol=1e-5)
-    step = 0.01  # the norms compute in float32 whatever the model's dtype, so not smaller
-    for layer, index in enumerate(gradient.abs().argmax(dim=1).tolist()):
-        site = find_sites(model)[layer]
-        column = site.module.weight.select(input_dimension(site.module), index)
-        kept = column.clone()
-        slopes = []
-        for factor in (1 + step, 1 - step):
-            column.copy_(kept * factor)
-            slopes.append(sum(plain_margin(model, tokenizer, e) for e in EXAMPLES) / len(EXAMPLES))
-            column.copy_(kept)
-        assert gradient[layer, index].item() == pytest.approx((slopes[0] - slopes[1]) / (2 * step), rel=0.02)
+    """Completeness (arXiv 1703.01365, proposition 1), which no implementation detail can fake."""
+    data = replace(DATA, benign=(ONE,))
+    found = attribute(
+        attack_aware, model, data, integrated=integrated, steps=32,
+        benign_weight=0.0, borderline_weight=0.0, helpful_borderline=0.0, utility_tokens=4,
+    )  # fmt: skip
+    ends = []
+    for factor in (start + 1, start):
+        with scaled(model, 0, slice(None), factor), scaled(model, 1, slice(None), factor):
+            with scaled(model, 2, slice(None), factor):
+                ends.append(log_probability(model, ONE, ONE.complying, 4))
+    assert found.utility.sum().item() == pytest.approx(ends[0] - ends[1], rel=0.02, abs=0.02)
 
 
-def test_a_mean_activation_is_that_of_the_tokens_that_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pairs = [(e.prompt, e.refusing) for e in EXAMPLES]
-    found = mean_activation(model, tokenizer, pairs)
-    expected = torch.zeros_like(found)
-    for pair in pairs:
-        seen: list[torch.Tensor] = []
-        site = find_sites(model)[1]
-        handle = site.module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))  # noqa: B023
-        head = f"<|user|>{pair[0]}<|end|><|assistant|>"
-        prompt = tokenizer(head, add_special_tokens=False)["input_ids"]
-        tail = tokenizer(pair[1], add_special_tokens=False)["input_ids"][:4]
-        with torch.no_grad():
-            model(torch.tensor([prompt + tail]))
-        handle.remove()
-        expected[1] += seen[0][0, len(prompt) - 1 : len(prompt) - 1 + len(tail)].mean(dim=0) / len(pairs)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+def mean_of(model: PreTrainedModel, examples: tuple[Example, ...], answer: str) -> np.ndarray:
+    found = []
+    for each in examples:
+        tokens, start = tokens_of(TOKENIZER, each, getattr(each, answer))
+        tokens = tokens[: start + 4]
+        layers = activations(model, tokens)
+        found.append([layer[start - 1 : len(tokens) - 1].mean(dim=0).numpy() for layer in layers])
+    return np.array(found).mean(axis=0)
 
 
-@pytest.mark.parametrize("method", [attack_aware, contrast])
-def test_every_method_scores_every_neuron_and_leaves_the_model_as_it_was(
-    method: Attribution, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_contrast_is_the_difference_of_means_over_the_tokens_that_answer(model: PreTrainedModel) -> None:
+    found = attribute(contrast, model)
+    refusing = mean_of(model, DATA.all_harmful, "refusing")
+    complying = mean_of(model, DATA.all_harmful, "complying")
+    np.testing.assert_allclose(found.safety, (refusing - complying) * np.sign(refusing), atol=1e-5)
+    np.testing.assert_allclose(found.utility, (complying - refusing) * np.sign(complying), atol=1e-5)
+
+
+def last_of(model: PreTrainedModel, examples: tuple[Example, ...]) -> np.ndarray:
+    """Activations at the last token of prompts alone: (examples, layers, neurons)."""
+    rows = []
+    for each in examples:
+        tokens, start = tokens_of(TOKENIZER, each, "")
+        assert len(tokens) == start
+        rows.append([layer[-1].numpy() for layer in activations(model, tokens)])
+    return np.array(rows)
+
+
+def test_contrastive_pairs_leave_out_what_fires_for_everything(model: PreTrainedModel) -> None:
+    found = attribute(contrastive_pairs, model, universal_top=0.05, universal_share=0.6)
+    harmful, benign = last_of(model, DATA.all_harmful), last_of(model, DATA.benign)
+    size = np.abs(np.concatenate([harmful, benign])).reshape(len(harmful) + len(benign), -1)
+    bar = np.sort(size, axis=1)[:, -round(0.05 * size.shape[1])]
+    universal = (size >= bar[:, None]).mean(axis=0).reshape(LAYERS, WIDTH) > 0.6
+    assert 0 < universal.sum() < 20
+    difference = harmful.mean(axis=0) - benign.mean(axis=0)
+    safety = np.where(universal, 0, difference * np.sign(harmful.mean(axis=0)))
+    utility = np.where(universal, 0, -difference * np.sign(benign.mean(axis=0)))
+    np.testing.assert_allclose(found.safety, safety, atol=1e-5)
+    np.testing.assert_allclose(found.utility, utility, atol=1e-5)
+
+
+def top(scores: np.ndarray, share: float) -> np.ndarray:
+    count = round(share * scores.size)
+    chosen = np.zeros(scores.size, dtype=bool)
+    chosen[np.argsort(-scores.ravel())[:count]] = True
+    return chosen.reshape(scores.shape)
+
+
+def expected_difference(safety: np.ndarray, utility: np.ndarray, q: float, p: float) -> list[np.ndarray]:
+    return [
+        np.where(top(first, q) & ~top(second, p), first, 0)
+        for first, second in ((safety, utility), (utility, safety))
+    ]
+
+
+def column_scores(model: PreTrainedModel, examples: tuple[Example, ...], answer: str) -> np.ndarray:
+    """SNIP by autograd on the weights themselves, one example at a time, then summed by neuron."""
+    total = np.zeros((LAYERS, WIDTH))
+    for each in examples:
+        tokens, start = tokens_of(TOKENIZER, each, getattr(each, answer))
+        logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        loss = sum((logits[i - 1, tokens[i]] for i in range(start, len(tokens))), torch.zeros(()))
+        weights = [site.module.weight for site in find_sites(model)]
+        for layer, (site, gradient) in enumerate(
+            zip(find_sites(model), torch.autograd.grad(loss, weights), strict=True)
+        ):
+            product = (site.module.weight * gradient).abs()
+            total[layer] += product.sum(dim=1 - input_dimension(site.module)).detach().numpy()
+    return total / len(examples)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_snip_is_weight_times_gradient_summed_by_neuron(family: str) -> None:
+    model = double_model(family)
+    found = attribute(set_difference, model, q=0.3, p=0.2)
+    useful = (*DATA.benign, *DATA.borderline)
+    safety, utility = expected_difference(
+        column_scores(model, DATA.all_harmful, "refusing"),
+        column_scores(model, useful, "complying"),
+        0.3,
+        0.2,
+    )
+    np.testing.assert_allclose(found.safety, safety, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.utility, utility, rtol=1e-3, atol=1e-5)
+
+
+def norms(model: PreTrainedModel, examples: tuple[Example, ...], answer: str) -> np.ndarray:
+    found = np.zeros((LAYERS, WIDTH))
+    for each in examples:
+        tokens, start = tokens_of(TOKENIZER, each, getattr(each, answer))
+        for layer, rows in enumerate(activations(model, tokens)):
+            found[layer] += (rows[start - 1 : len(tokens) - 1].numpy() ** 2).sum(axis=0)
+    return np.sqrt(found)
+
+
+def test_wanda_is_weight_times_the_norm_of_activations(model: PreTrainedModel) -> None:
+    found = attribute(set_difference, model, score="wanda", q=0.3, p=0.2)
+    weights = np.array(
+        [np.abs(site.module.weight.detach().numpy()).sum(axis=0) for site in find_sites(model)]
+    )
+    useful = (*DATA.benign, *DATA.borderline)
+    safety, utility = expected_difference(
+        weights * norms(model, DATA.all_harmful, "refusing"),
+        weights * norms(model, useful, "complying"),
+        0.3,
+        0.2,
+    )
+    np.testing.assert_allclose(found.safety, safety, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.utility, utility, rtol=1e-4, atol=1e-5)
+
+
+def test_random_scores_follow_the_seed_alone(model: PreTrainedModel) -> None:
+    one, same, other = (attribute(random_scores, model, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.safety, same.safety) and torch.equal(one.utility, same.utility)
+    assert not torch.equal(one.safety, other.safety) and not torch.equal(one.safety, one.utility)
+    assert one.safety.min() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon", "phi3"])
+def test_every_method_takes_bfloat16_and_leaves_the_model_as_it_was(method: str, family: str) -> None:
+    model = tiny_model(family, vocab_size=len(TOKENIZER)).bfloat16()
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    scores = method(model, tokenizer, DATA)
-    assert scores.safety.shape == scores.utility.shape == (3, 48)
-    assert scores.safety.isfinite().all() and scores.utility.isfinite().all()
-    assert scores.safety.std() > 0 and scores.utility.std() > 0
+    scores = attribute(METHODS[method], model)
+    for values in (scores.safety, scores.utility):
+        assert values.shape == (LAYERS, WIDTH) and values.dtype == torch.float32
+        assert values.isfinite().all() and values.std() > 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [each for each in model.parameters() if not each.requires_grad] == [frozen]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_bfloat16_loses_little_since_sums_are_float32() -> None:
+    model = tiny_model(vocab_size=len(TOKENIZER))
+    exact = attribute(attack_aware, model).safety.flatten()
+    rough = attribute(attack_aware, model.bfloat16()).safety.flatten()
+    assert torch.corrcoef(torch.stack([exact, rough]))[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("method", ["attack_aware", "contrast", "contrastive_pairs", "set_difference"])
+def test_the_batch_size_changes_nothing_but_rounding(method: str, model: PreTrainedModel) -> None:
+    options = {"q": 1.0, "p": 0.0} if method == "set_difference" else {}
+    one, all_together = (
+        METHODS[method](model, TOKENIZER, DATA, Accumulator(batch_size=size), **options) for size in (1, 9)
+    )
+    torch.testing.assert_close(one.safety, all_together.safety, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one.utility, all_together.utility, rtol=1e-3, atol=1e-5)
+
+
+NEEDED = {
+    "attack_aware": {"harmful", "attacked", "benign", "borderline"},
+    "contrast": {"harmful"},
+    "contrastive_pairs": {"harmful", "benign"},
+    "set_difference": {"harmful", "benign"},
+    "random": set(),
+}
+
+
+@pytest.mark.parametrize("left_out", ["harmful", "attacked", "benign", "borderline"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_which_prompts_it_lacks(left_out: str, method: str, model: PreTrainedModel) -> None:
+    data = replace(DATA, **{left_out: {} if left_out == "attacked" else ()})
+    if left_out in NEEDED[method]:
+        with pytest.raises(DataError, match=f"no {left_out} prompts: add records with kind"):
+            attribute(METHODS[method], model, data)
+    else:
+        attribute(METHODS[method], model, data)
+
+
+def test_what_has_no_weight_need_not_be_there(model: PreTrainedModel) -> None:
+    data = replace(DATA, harmful=(), borderline=())
+    attribute(attack_aware, model, data, include_plain=False, borderline_weight=0.0, helpful_borderline=0.0)
+    with pytest.raises(DataError, match="helpful_borderline=0 do without"):
+        attribute(attack_aware, model, data, include_plain=False, borderline_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("attack_aware", {"utility": "nice"}, "utility='nice' is unknown; accepted: helpful, complying"),
+        ("attack_aware", {"cost": "none"}, "cost='none' is unknown; accepted: absolute, positive"),
+        ("attack_aware", {"integrated": "yes"}, "integrated='yes' is unknown; accepted: none, zero_to_one"),
+        ("attack_aware", {"steps": 0}, "steps=0: at least 1"),
+        ("attack_aware", {"helpful_borderline": 2.0}, "helpful_borderline=2: a share from 0 to 1"),
+        ("attack_aware", {"margin_tokens": -1}, "margin_tokens=-1: a whole number from 0"),
+        ("contrast", {"answer_tokens": -1}, "answer_tokens=-1: a whole number from 0"),
+        ("contrastive_pairs", {"universal_top": 1.5}, "universal_top=1.5: a share from 0 to 1"),
+        ("set_difference", {"score": "w"}, "score='w' is unknown; accepted: snip, wanda"),
+        ("set_difference", {"q": -0.1}, "q=-0.1: a share from 0 to 1"),
+        ("set_difference", {"answer_tokens": -1}, "answer_tokens=-1: a whole number from 0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(
+    method: str, options: dict[str, Any], words: str, model: PreTrainedModel
+) -> None:
+    with pytest.raises(DataError, match=words):
+        attribute(METHODS[method], model, **options)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random"}))
+def test_a_prompt_that_the_context_cannot_hold_is_refused_by_name(method: str) -> None:
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=64)
+    data = replace(DATA, harmful=(ONE, TWO, Example("x" * 70, "no", "yes", "the long one")))
+    with pytest.raises(DataError, match=r"'the long one': prompt and answer are 7\d tokens.* holds 64"):
+        attribute(METHODS[method], model, data)
+
+
+def test_a_model_that_bypasses_the_hooks_is_refused() -> None:
+    """A fused MLP never calls its projection as a module: hooks would silently see nothing."""
+    model = double_model()
+    for site in find_sites(model)[1:]:
+        site.module.__class__ = type("Fused", (type(site.module),), {"__call__": type(site.module).forward})
+    for method in (attack_aware, contrast, set_difference):
+        with pytest.raises(NeuronTuneError, match="went through 1 of 3 sites"):
+            attribute(method, model)
 
 
 def test_the_two_sets_are_ranked_and_disjoint() -> None:
@@ -120,19 +366,3 @@ def test_a_neuron_that_one_set_does_not_take_is_left_to_the_other() -> None:
     scores = Scores(safety=torch.tensor([[9.0, 8.0, 7.0]]), utility=torch.tensor([[3.0, 2.0, 1.0]]))
     safety, utility = ranked_sets(scores, num_safety=1, num_utility=2)
     assert safety[:, 1].tolist() == [0] and utility[:, 1].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("left_out", ["attacked", "benign", "borderline", "persona"])
-def test_attribution_without_examples_says_which_are_missing(
-    left_out: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    examples = tuple(EXAMPLES)
-    data = AttributionData(
-        harmful=examples,
-        attacked={} if left_out == "attacked" else {"persona": () if left_out == "persona" else examples},
-        benign=() if left_out == "benign" else examples,
-        borderline=() if left_out == "borderline" else examples,
-    )
-    expected = "any attack" if left_out == "attacked" else left_out
-    with pytest.raises(ValueError, match=f"no examples of: {expected}"):
-        attack_aware(model, tokenizer, data)

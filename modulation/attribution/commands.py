@@ -1,0 +1,93 @@
+"""The command `neurontune attribute`: from a model and a file of prompts to a scores file.
+
+Knows arguments, files and terminals; the work is done by the modules it calls.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Never
+
+import typer
+from tqdm import tqdm
+
+from modulation.errors import DataError
+
+if TYPE_CHECKING:
+    from modulation.attribution.accumulate import OnProgress
+
+
+def attribute(
+    data: Annotated[Path, typer.Option(help="Prompts, one JSON object a line (docs/attribution.md).")],
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = "demo",
+    method: Annotated[
+        str, typer.Option(help="attack_aware, contrast, contrastive_pairs, set_difference or random.")
+    ] = "attack_aware",
+    out: Annotated[Path, typer.Option(help="Scores file to write.")] = Path("scores.safetensors"),
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; repeatable.")
+    ] = None,
+    refusal: Annotated[
+        str | None, typer.Option(help="How the model refuses; left out: as the demo model does.")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="The weights' type.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts computed together.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of methods that draw numbers.")] = 0,
+) -> None:
+    """Score every neuron by how much it carries safety and utility. Goes on where it was interrupted."""
+    # Imported here, so that other commands start without torch.
+    from modulation.attribution.examples import REFUSAL, attribution_data
+    from modulation.attribution.methods import parse_options
+    from modulation.attribution.runs import Run, summary
+    from modulation.attribution.runs import attribute as attribute_data
+    from modulation.demo import MODEL_DIR
+    from modulation.evaluation.answering import transformers_answerer
+    from modulation.evaluation.data import read_records
+    from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+
+    _check_out(out)
+    options = parse_options(method, option or [], seed)
+    records = read_records(data)
+    is_demo = model == "demo"
+    folder = str(MODEL_DIR) if is_demo else model
+    tokenizer = load_tokenizer(folder)
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device.value)
+    typer.echo(f"device {chosen_device}, dtype {chosen_dtype}")
+    loaded = load_model(folder, device=chosen_device.value, dtype=chosen_dtype.value)
+    num_missing = sum(each.answer is None and each.kind != "harmful" for each in records)
+    with tqdm(total=num_missing, unit="answer", disable=not num_missing) as bar:
+        examples = attribution_data(
+            records,
+            answerer=transformers_answerer(
+                loaded, tokenizer, batch_size=batch_size, on_answered=lambda number: bar.update(number)
+            ),
+            refusal=REFUSAL if refusal is None else refusal,
+        )
+    run = Run(method, options, "neurontune-demo" if is_demo else _name(model), seed, batch_size)
+    with tqdm(unit="prompt") as bar:
+        made = attribute_data(loaded, tokenizer, examples, run, out, _shown_on(bar))
+    typer.echo(f"\n{summary(made)}\n\nWrote {out}.")
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: the folder {out.parent} does not exist.")
+    if out.is_dir():
+        raise DataError(f"--out {out} is a folder; a file is needed.")
+
+
+def _name(model: str) -> str:
+    """A folder's own name, so that files tell nothing of the machine; a hub name as it is."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _shown_on(bar: "tqdm[Never]") -> "OnProgress":
+    def show(name: str, done: int, total: int) -> None:
+        if bar.total is None:  # what an interrupted run did counts as done, but not for the time left
+            bar.total, bar.initial, bar.n = total, done, done
+        bar.set_description(name, refresh=False)
+        bar.update(done - bar.n)
+
+    return show
