@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
+from modulation.evaluation.robustness_commands import robustness
 from server.settings import DEMO, Settings, flag, read_settings, variable
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 app.command()(serve)
 app.command()(evaluate)
+app.command()(robustness)
 
 
 @app.command("inspect")

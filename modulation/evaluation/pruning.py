@@ -95,6 +95,17 @@ def read_counts(text: str, size: int) -> list[int]:
     return sorted({_read_count(each.strip(), size) for each in text.split(",")})
 
 
+def check_counts(counts: Sequence[int], rankings: Mapping[str, Neurons]) -> None:
+    """Raise DataError for a count beyond the end of a ranking."""
+    for name, ranking in rankings.items():
+        for count in counts:
+            if not 0 <= count <= len(ranking):
+                raise DataError(
+                    f"{count} neurons cannot be pruned: the ranking {name!r} holds {len(ranking)}; "
+                    f"accepted: 0 to {len(ranking)}."
+                )
+
+
 def pruned_metrics(
     modulator: Modulator,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,8 +123,7 @@ def pruned_metrics(
     stands under every ranking. `on_answered` is told after each batch how many prompts it held; there are
     `num_measured` passes over all prompts. Raises DataError for a count beyond a ranking's end.
     """
-    for name, ranking in rankings.items():
-        _check_counts(counts, name, len(ranking))
+    check_counts(counts, rankings)
     model = modulator.model
     answer = transformers_answerer(model, tokenizer, max_new_tokens, on_answered=on_answered)
 
@@ -198,13 +208,4 @@ def _read_count(text: str, size: int) -> int:
             f"Count {text!r} of pruned neurons is not understood; accepted: whole numbers of neurons and "
             "shares of the safety set such as 25%, separated by commas."
         )
-    count = -(-int(digits) * size // 100) if text.endswith("%") else int(digits)
-    return count
-
-
-def _check_counts(counts: Sequence[int], name: str, size: int) -> None:
-    for count in counts:
-        if not 0 <= count <= size:
-            raise DataError(
-                f"{count} neurons cannot be pruned: the ranking {name!r} holds {size}; accepted: 0 to {size}."
-            )
+    return -(-int(digits) * size // 100) if text.endswith("%") else int(digits)
