@@ -85,8 +85,16 @@ def safety_ranking(mask: Mask, scores: npt.ArrayLike | None = None) -> Neurons:
 
 
 def random_ranking(mask: Mask, seed: int) -> Neurons:
-    """The control: all neurons outside both sets, in an order drawn by the seed."""
-    return _positions(mask, np.random.default_rng(seed).permutation(_outside(mask)))
+    """The control: neurons outside both sets, drawn by the seed; each of the first ones from the layer of the
+    safety neuron of its rank, so that layers do not explain a difference; then all that are left."""
+    drawn = np.random.default_rng(seed).permutation(_outside(mask)).tolist()
+    by_layer: dict[int, list[int]] = {}
+    for neuron in reversed(drawn):
+        by_layer.setdefault(neuron // mask.metadata.neurons_per_layer, []).append(neuron)
+    layers = mask.safety.neurons[:, 0].tolist()
+    matched = [by_layer[layer].pop() for layer in layers if by_layer.get(layer)]
+    taken = set(matched)
+    return _positions(mask, np.array([*matched, *(each for each in drawn if each not in taken)], np.int64))
 
 
 def read_counts(text: str, size: int) -> list[int]:

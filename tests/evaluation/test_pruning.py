@@ -111,12 +111,14 @@ def test_the_ranking_goes_on_behind_the_set_by_score() -> None:
     assert found == members + sorted(rest, key=lambda each: -scores[each])
 
 
-def test_random_neurons_are_of_neither_set_and_drawn_by_the_seed() -> None:
+def test_random_neurons_are_of_neither_set_from_the_same_layers_and_drawn_by_the_seed() -> None:
     mask = random_mask(tiny_model())
     members = {tuple(each) for each in [*mask.safety.neurons.tolist(), *mask.utility.neurons.tolist()]}
     one, same, other = (random_ranking(mask, seed).tolist() for seed in (0, 0, 1))
     assert one == same != other
     assert {tuple(each) for each in one} == {tuple(each) for each in other}
+    for found in (one, other):
+        assert [layer for layer, _ in found[:12]] == [layer for layer, _ in mask.safety.neurons.tolist()]
     assert len(one) == LAYERS * WIDTH - len(members) and not members & {tuple(each) for each in one}
 
 

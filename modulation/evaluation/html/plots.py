@@ -110,7 +110,7 @@ def families(name: str, description: str, rates: Mapping[str, Mapping[str, Rate]
     num_rows = -(-len(rates) // per_row)
 
     def draw(drawing: "Figure") -> None:
-        grid = drawing.subplots(num_rows, per_row, sharex=True, sharey=True, squeeze=False).ravel()
+        grid = drawing.subplots(num_rows, per_row, sharey=True, squeeze=False).ravel()
         first = next(iter(rates.values()))
         for number, (level, found) in enumerate(rates.items()):
             _draw_families(grid[number], level, number, rows, found, first)

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from modulation.evaluation.html import plots
 from modulation.evaluation.html.page import Html, element, figure, folded, joined, section, table
-from modulation.evaluation.html.summary import RATES, rate_cell
+from modulation.evaluation.html.summary import RATES, WIDE_COLUMNS, rate_cell
 from modulation.evaluation.metrics import Rate
 from modulation.evaluation.pruning import SAFETY, PrunedFigures
-
-WIDE_COLUMNS = 4
 
 
 def pruning_section(points: Sequence[PrunedFigures]) -> Html:
@@ -23,8 +21,8 @@ def pruning_section(points: Sequence[PrunedFigures]) -> Html:
     if lines:
         told = "; ".join(_in_words(line) for line in lines)
         caption = (
-            "Solid: the top neurons of the safety set are pruned; dotted: as many random neurons outside "
-            "both sets. The bands are 95 % intervals of the solid lines."
+            "Solid: the top neurons of the safety set are pruned; dotted: as many random neurons of "
+            "the same layers, outside both sets. The bands are 95 % intervals of the solid lines."
         )
         parts.insert(0, figure(plots.pruning("pruning", f"{told}.", lines), caption))
     return section("Robustness to pruning", *parts)

@@ -20,6 +20,8 @@ RATES: Final = (
     ("benign_correct", "benign correct", "higher is better"),
     ("refusal_plain", "plain harmful refused", "higher is better"),
 )
+WIDE_COLUMNS: Final = 4
+"""More columns of rates than this are written narrowly."""
 
 
 def rate_cell(rate: Rate | None, *, narrow: bool = False) -> Html:
@@ -38,6 +40,8 @@ def headline(levels: Mapping[str, Figures]) -> str:
     if OFF not in attacked or len(attacked) < 2:
         return f"Levels evaluated: {', '.join(levels)}."
     safest = min(attacked, key=lambda name: attacked[name]["asr"]["rate"])
+    if safest == OFF:
+        return f"No level has less attack success than {OFF}."
     told = []
     for metric, what in (
         ("asr", "of attacks succeed"),
@@ -118,7 +122,11 @@ def families_section(levels: Mapping[str, Figures]) -> Html | None:
     if not rates:
         return None
     families = list(dict.fromkeys(family for found in rates.values() for family in found))
-    rows = [[family, *(rate_cell(found.get(family)) for found in rates.values())] for family in families]
+    narrow = len(rates) > WIDE_COLUMNS
+    rows = [
+        [family, *(rate_cell(found.get(family), narrow=narrow) for found in rates.values())]
+        for family in families
+    ]
     first = next(iter(rates))
     caption = f"Lines are 95 % intervals; the upright marks repeat {first}."
     told = f"{len(families)} attack families at {', '.join(rates)}; the table below has every number."
