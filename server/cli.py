@@ -20,6 +20,7 @@ from modulation.attribution.commands import attribute
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
+from modulation.evaluation.robustness_commands import robustness
 from server.settings import DEMO, Settings, flag, read_settings, variable
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 app.command()(serve)
 app.command()(evaluate)
 app.command()(attribute)
+app.command()(robustness)
 
 
 @app.command("inspect")
