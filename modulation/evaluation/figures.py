@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modulation.evaluation.answering import Answerer
 from modulation.evaluation.data import Record
-from modulation.evaluation.judges import Judge, rule_judge
-from modulation.evaluation.metrics import evaluate_answers
+from modulation.evaluation.judges import Judge, by_rule
+from modulation.evaluation.metrics import count_verdicts
 from modulation.evaluation.quality import Figures, perplexity, text_quality
 from modulation.levels import Threshold
 from modulation.modulator import Modulator
@@ -22,7 +22,7 @@ def figures_at(
     records: Sequence[Record],
     threshold: Threshold,
     answer: Answerer,
-    judge: Judge = rule_judge,
+    judge: Judge = by_rule,
     batch_size: int = 16,
 ) -> tuple[Figures, list[str]]:
     """Metrics, perplexity and text quality at one threshold, and the answers, one a record.
@@ -32,7 +32,8 @@ def figures_at(
     with modulator.applied(threshold):
         answers = answer([record.prompt for record in records])
         likelihood = perplexity(modulator.model, tokenizer, records, batch_size=batch_size)
-    figures = Figures(**evaluate_answers(records, answers, judge))  # type: ignore[typeddict-item]
+    verdicts = judge(records, answers, lambda _row, _verdict: None)
+    figures = Figures(**count_verdicts(records, verdicts))  # type: ignore[typeddict-item]
     if likelihood is not None:
         figures["perplexity"] = likelihood
     if answers:

@@ -20,7 +20,7 @@ from modulation.errors import DataError, ModulationError
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
 from modulation.evaluation.figures import figures_at
-from modulation.evaluation.judges import Judge, rule_judge
+from modulation.evaluation.judges import Judge, by_rule
 from modulation.evaluation.quality import Figures
 from modulation.evaluation.report import percent
 from modulation.levels import SafetyLevel
@@ -121,7 +121,7 @@ def pruned_metrics(
     levels: Sequence[SafetyLevel],
     counts: Sequence[int],
     rankings: Mapping[str, Neurons],
-    judge: Judge = rule_judge,
+    judge: Judge = by_rule,
     max_new_tokens: int = 64,
     on_answered: Callable[[int], object] | None = None,
 ) -> list[PrunedFigures]:
