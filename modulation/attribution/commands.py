@@ -4,12 +4,14 @@ Knows arguments, files and terminals; the work is done by the modules it calls.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Never
+from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 from tqdm import tqdm
 
-from modulation.errors import DataError
+from modulation.demo import DEMO
+from modulation.flags import Device, Dtype, refuse_unwritable
+from modulation.opening import open_model
 
 if TYPE_CHECKING:
     from modulation.attribution.accumulate import OnProgress
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def attribute(
     data: Annotated[Path, typer.Option(help="Prompts, one JSON object a line (docs/attribution.md).")],
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = "demo",
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = DEMO,
     method: Annotated[
         str, typer.Option(help="attack_aware, contrast, contrastive_pairs, set_difference or random.")
     ] = "attack_aware",
@@ -28,10 +30,8 @@ def attribute(
     refusal: Annotated[
         str | None, typer.Option(help="How the model refuses; left out: as the demo model does.")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="The weights' type.")
-    ] = "auto",
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The weights' type.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts computed together.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of methods that draw numbers.")] = 0,
 ) -> None:
@@ -41,21 +41,15 @@ def attribute(
     from modulation.attribution.methods import parse_options
     from modulation.attribution.runs import Run, summary
     from modulation.attribution.runs import attribute as attribute_data
-    from modulation.demo import MODEL_DIR
     from modulation.evaluation.answering import transformers_answerer
     from modulation.evaluation.data import read_records
-    from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 
-    _check_out(out)
+    refuse_unwritable({"--out": out})
     options = parse_options(method, option or [], seed)
     records = read_records(data)
-    is_demo = model == "demo"
-    folder = str(MODEL_DIR) if is_demo else model
-    tokenizer = load_tokenizer(folder)
-    chosen_device = resolve_device(device)
-    chosen_dtype = resolve_dtype(dtype, chosen_device.value)
-    typer.echo(f"device {chosen_device}, dtype {chosen_dtype}")
-    loaded = load_model(folder, device=chosen_device.value, dtype=chosen_dtype.value)
+    opened = open_model(model, device, dtype)
+    loaded, tokenizer = opened.model, opened.tokenizer
+    typer.echo(str(opened))
     num_missing = sum(each.answer is None and each.kind != "harmful" for each in records)
     with tqdm(total=num_missing, unit="answer", disable=not num_missing) as bar:
         examples = attribution_data(
@@ -65,17 +59,10 @@ def attribute(
             ),
             refusal=REFUSAL if refusal is None else refusal,
         )
-    run = Run(method, options, "neurontune-demo" if is_demo else _name(model), seed, batch_size)
+    run = Run(method, options, "neurontune-demo" if model == DEMO else _name(model), seed, batch_size)
     with tqdm(unit="prompt") as bar:
         made = attribute_data(loaded, tokenizer, examples, run, out, _shown_on(bar))
     typer.echo(f"\n{summary(made)}\n\nWrote {out}.")
-
-
-def _check_out(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise DataError(f"--out {out}: the folder {out.parent} does not exist.")
-    if out.is_dir():
-        raise DataError(f"--out {out} is a folder; a file is needed.")
 
 
 def _name(model: str) -> str:

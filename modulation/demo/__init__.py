@@ -2,5 +2,8 @@
 
 from pathlib import Path
 
+DEMO = "demo"
+"""The name that commands know the shipped model by."""
+
 MODEL_DIR = Path(__file__).parent / "model"
 MASK_FILE = Path(__file__).parent / "mask.safetensors"

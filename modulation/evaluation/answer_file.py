@@ -73,6 +73,12 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
         verdict = None if line["verdict"] is None else Verdict(**line["verdict"])
         return Answered(line["answer"], line["judge"], verdict)
 
+    def known(self, level: str, record: Record) -> Answered:
+        """What is known of a record that was answered at this level."""
+        answered = self.get(level, record)
+        assert answered is not None, (level, record.id)
+        return answered
+
     def put(self, level: str, record: Record, answered: Answered) -> None:
         """Keep an answer, or an answer with its verdict; in the file at once."""
         fields = record.to_json()

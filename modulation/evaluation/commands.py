@@ -5,51 +5,58 @@ Knows flags, files and terminals; the work is done by the modules it calls.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import typer
 from tqdm import tqdm
 
+from modulation.demo import DEMO
 from modulation.errors import DataError
 from modulation.evaluation.answer_file import AnswerFile, data_digest
-from modulation.evaluation.attacks import ATTACKS, NONE, attacked, parse_families
-from modulation.evaluation.data import Record
-from modulation.evaluation.datasets import other_kinds, read_dataset
-from modulation.evaluation.flags import endpoint_of, given, refuse_misfits, refuse_unwritable
+from modulation.evaluation.attacks import NONE
+from modulation.evaluation.examples import example_records
+from modulation.evaluation.flags import endpoint_of, given, refuse_misfits
 from modulation.evaluation.judges import RULE, Judge, by_rule
-from modulation.evaluation.metrics import Rate
+from modulation.evaluation.options import (
+    Attacks,
+    DataFile,
+    HtmlOut,
+    JsonOut,
+    MaskFile,
+    MaxNewTokens,
+    PromptKind,
+)
+from modulation.evaluation.prompts import read_prompts
+from modulation.evaluation.provenance import dated, provenance
+from modulation.evaluation.quality import Figures
 from modulation.evaluation.remote import refuse_unreachable
-from modulation.evaluation.report import table
+from modulation.evaluation.report import figures_table
 from modulation.evaluation.run import Evaluation, evaluate_levels
-from modulation.evaluation.sources import DEMO, Source, behind_url, in_process, parse_levels
+from modulation.evaluation.sources import Source, behind_url, in_process
+from modulation.flags import Device, Dtype, command_line, parse_levels, refuse_unwritable
+from modulation.masks import Mask
+from modulation.opening import open_mask
 
 INTERRUPTED: Final = 130
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Kind = Literal["harmful", "benign", "borderline"]
-
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Prompts: CSV or JSON lines (docs/evaluation.md).")],
+    ctx: typer.Context,
+    data: DataFile,
     model: Annotated[
         str, typer.Option(help="'demo', a Hugging Face folder, or a hub name; with --url: its name there.")
     ] = DEMO,
-    mask: Annotated[Path | None, typer.Option(help="Mask file; left out: the demo model's.")] = None,
+    mask: MaskFile = None,
     levels: Annotated[
         str, typer.Option(help="Level names or numbers, separated by commas; left out: all there are.")
     ] = "",
-    kind: Annotated[
-        Kind | None, typer.Option(help="What the prompts are, where two published files look the same.")
-    ] = None,
-    attacks: Annotated[
-        str, typer.Option(help=f"Families to wrap plain harmful prompts in: all, none, {', '.join(ATTACKS)}.")
-    ] = NONE,
+    kind: PromptKind = None,
+    attacks: Attacks = NONE,
     seed: Annotated[int, typer.Option(min=0, help="Of the wrappers that --attacks begins with.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     device: Annotated[Device | None, typer.Option(help="In process: where the model runs.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="In process: what its weights are kept as.")] = None,
     batch_size: Annotated[
@@ -75,13 +82,18 @@ def evaluate(
     judge_api_key_env: Annotated[
         str | None, typer.Option(help="Variable that holds its server's key; left out: OPENAI_API_KEY.")
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+    json_out: JsonOut = None,
+    html_out: HtmlOut = None,
     answers_out: Annotated[
         Path | None, typer.Option(help="File of answers and verdicts, written on the way; gone on from.")
     ] = None,
 ) -> None:
     """Answer a file of prompts at several safety levels and judge the answers."""
-    refuse_unwritable({"--json": json_out, "--answers-out": answers_out})
+    refuse_unwritable({"--json": json_out, "--html": html_out, "--answers-out": answers_out})
+    if html_out is not None:
+        from modulation.evaluation.html.svg import require_matplotlib
+
+        require_matplotlib()
     refuse_misfits(
         url,
         judge_url,
@@ -95,41 +107,35 @@ def evaluate(
         either={"--concurrency": concurrency, "--timeout": timeout, "--retries": retries},
     )
     names = parse_levels(levels)
-    records = _prompts(data, kind, attacks, seed)
+    prompts = read_prompts(data, kind, attacks, seed)
+    typer.echo(f"{data}: {prompts}")
     asking = given({"concurrency": concurrency, "timeout_seconds": timeout, "max_retries": retries})
     judge, judge_name = _judge(judge_url, judge_model, judge_prompt, judge_api_key_env, asking)
-    if url:
+    loaded_mask = None if url else open_mask(model, mask)
+    if loaded_mask is None:
         endpoint = endpoint_of("--url", url, model, "--api-key-env", api_key_env, asking)
         source = behind_url(endpoint, names, max_new_tokens=max_new_tokens, warn=_warn)
     else:
-        source = in_process(
+        source, _ = in_process(
             model,
-            mask,
+            loaded_mask,
             names,
             device=device or "auto",
             dtype=dtype or "auto",
             batch_size=batch_size or 64,
             max_new_tokens=max_new_tokens,
         )
-    found = _evaluated(Evaluation(records, source.answer_at, judge, judge_name), source, answers_out)
-    _report(found, source)
+    run = provenance(data, prompts, source, judge_name, command_line(ctx))
+    evaluation = Evaluation(prompts.records, source.answer_at, judge, judge_name, source.measures)
+    found, kept = _evaluated(evaluation, source, answers_out)
+    for level, figures in found.items():
+        typer.echo(f"\n{source.titles[level]}:\n\n{figures_table(figures)}")
     if json_out is not None:
-        json_out.write_text(json.dumps({"levels": found}, indent=2) + "\n")
+        json_out.write_text(json.dumps({"run": run, "levels": found}, indent=2) + "\n")
         typer.echo(f"\nWrote {json_out}.")
-
-
-def _prompts(data: Path, kind: str | None, attacks: str, seed: int) -> list[Record]:
-    families = parse_families(attacks)
-    dataset = read_dataset(data, kind)
-    wrapped = attacked(dataset.records, families, seed)
-    if families and not wrapped:
-        raise DataError(f"--attacks {attacks}: {data} holds no plain harmful prompt to wrap.")
-    inside = f"; {len(wrapped)} more inside {len(families)} attack families" if families else ""
-    typer.echo(f"{data}: {dataset}{inside}.")
-    others = other_kinds(dataset.format) if kind is None else ()
-    if others:
-        typer.echo(f"If it is the other file with these columns: --kind {' or '.join(others)}.")
-    return [*dataset.records, *wrapped]
+    if html_out is not None:
+        html_out.write_text(_page(found, run, loaded_mask, evaluation, kept), encoding="utf-8")
+        typer.echo(f"\nWrote {html_out}.")
 
 
 def _judge(
@@ -155,14 +161,17 @@ def _judge(
     return model_judge(endpoint, text, on_unread), name_of(endpoint, text)
 
 
-def _evaluated(evaluation: Evaluation, source: Source, answers_out: Path | None) -> dict[str, dict[str, Any]]:
+def _evaluated(
+    evaluation: Evaluation, source: Source, answers_out: Path | None
+) -> tuple[dict[str, Figures], AnswerFile]:
+    """The figures by level, and the answers that are behind them."""
     run = {"data": data_digest(evaluation.records), **source.run}
     with AnswerFile(answers_out, run) as kept, tqdm(unit="answer", disable=None) as bar:
         bar.total = len(evaluation.records) * len(source.titles) * (1 if evaluation.judge_name == RULE else 2)
         bar.update(kept.num_done(evaluation.records, source.titles, evaluation.judge_name))
         evaluation = replace(evaluation, on_done=bar.update)
         try:
-            return evaluate_levels(evaluation, list(source.titles), kept)
+            return evaluate_levels(evaluation, list(source.titles), kept), kept
         except KeyboardInterrupt:
             bar.close()
             if answers_out is None:
@@ -172,19 +181,20 @@ def _evaluated(evaluation: Evaluation, source: Source, answers_out: Path | None)
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _report(found: Mapping[str, Mapping[str, Any]], source: Source) -> None:
-    for level, metrics in found.items():
-        typer.echo(f"\n{source.titles[level]}:\n")
-        typer.echo(table(_rows(metrics)))
+def _page(
+    found: Mapping[str, Figures],
+    run: dict[str, str],
+    mask: Mask | None,
+    evaluation: Evaluation,
+    kept: AnswerFile,
+) -> str:
+    from modulation.evaluation.html_report import ExampleAnswers, evaluation_page
 
-
-def _rows(metrics: Mapping[str, Any]) -> Iterable[tuple[str, Rate]]:
-    """Every rate of a level; those of single attack families below the one of all."""
-    for name, value in metrics.items():
-        if name == "asr_by_family":
-            yield from ((f"asr, {family}", rate) for family, rate in value.items())
-        elif isinstance(value, Mapping) and "rate" in value:
-            yield name, value  # type: ignore[misc]
+    examples = []
+    for record in example_records(evaluation.records):
+        answers = {level: kept.known(level, record).answer for level in found}
+        examples.append(ExampleAnswers(record.prompt, record.kind, answers, record.family))
+    return evaluation_page({"levels": found}, dated(run), mask, examples)
 
 
 def _warn(text: str) -> None:

@@ -1,26 +1,16 @@
-"""Flags of `neurontune evaluate` that must fit together, checked before anything is read or asked.
+"""Flags of `neurontune evaluate` that must fit together, and those that name a server.
 
 Knows which flag needs which. Knows nothing of what is done with them.
 """
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from modulation.errors import DataError
 from modulation.evaluation.remote import NO_KEY, Endpoint
 
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
-
-
-def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    """Raise DataError for a file to be written that is a folder, or whose folder is not there."""
-    for flag, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise DataError(f"{flag} {path}: the folder {path.parent} does not exist.")
-        if path is not None and path.is_dir():
-            raise DataError(f"{flag} {path} is a folder; a file is needed.")
 
 
 def refuse_misfits(

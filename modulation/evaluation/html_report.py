@@ -13,8 +13,8 @@ from modulation.evaluation.html.mask import mask_section
 from modulation.evaluation.html.page import Html, element, page, section
 from modulation.evaluation.html.pruned import pruning_section
 from modulation.evaluation.html.summary import families_section, headline, summary_section
-from modulation.evaluation.pruning import PrunedFigures
 from modulation.evaluation.quality import Figures
+from modulation.evaluation.robustness import PrunedFigures
 from modulation.masks import Mask
 
 
@@ -25,11 +25,12 @@ class Result(TypedDict):
 
 
 class ExampleAnswers(NamedTuple):
-    """One prompt and what was answered at each level."""
+    """One prompt, the attack family it is in, and what was answered at each level."""
 
     prompt: str
     kind: str
     answers: Mapping[str, str]
+    family: str | None = None
 
 
 def evaluation_page(
@@ -72,7 +73,10 @@ def robustness_page(points: Sequence[PrunedFigures], run: Mapping[str, str]) -> 
 
 
 def _examples(examples: Sequence[ExampleAnswers]) -> Html:
-    note = "Answers as they were given; what is harmful in them is shown too."
+    note = (
+        "Some prompts of each kind, taken from all over the file without a look at the answers, which stand "
+        "as they were given; what is harmful in them is shown too."
+    )
     return section("Example answers", element("p", note), *map(_example, examples))
 
 
@@ -85,9 +89,10 @@ def _example(example: ExampleAnswers) -> Html:
         )
         for level, answer in example.answers.items()
     ]
+    inside = "" if example.family is None else f", attack family {example.family}"
     return element(
         "article",
-        element("h3", f"A {example.kind} prompt"),
+        element("h3", f"A {example.kind} prompt{inside}"),
         element("p", example.prompt, class_="prompt", dir="auto"),
         element("div", element("table", element("tbody", *rows)), class_="answers"),
     )

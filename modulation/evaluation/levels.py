@@ -1,6 +1,6 @@
-"""Answer one set of prompts at several safety levels, and count at each.
+"""A modulated model in this process, answering and measured at safety levels.
 
-Knows the modulator, answerers and metrics. Knows nothing of files or printing.
+Knows the modulator, answerers, metrics and perplexity. Knows nothing of files or printing.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
 from modulation.evaluation.metrics import Metrics, evaluate_answers
-from modulation.evaluation.run import AnswerAt, OnAnswer
+from modulation.evaluation.perplexity import perplexity
+from modulation.evaluation.quality import Figures
+from modulation.evaluation.run import AnswerAt, Measure, OnAnswer
 from modulation.levels import SafetyLevels, Threshold
 from modulation.modulator import Modulator
 
@@ -55,3 +57,16 @@ def answering_in_process(
             answer(list(prompts))
 
     return answer_at
+
+
+def perplexity_in_process(
+    modulator: Modulator, tokenizer: PreTrainedTokenizerBase, levels: SafetyLevels, batch_size: int
+) -> Measure:
+    """Perplexity of the right answers of benign prompts under the modulated model; left out without any."""
+
+    def measure(level: str, records: Sequence[Record], _answers: Sequence[str]) -> Figures:
+        with modulator.applied(levels.parse(level).threshold):
+            found = perplexity(modulator.model, tokenizer, records, batch_size, kinds=("benign",))
+        return Figures() if found is None else Figures(perplexity=found)
+
+    return measure

@@ -4,106 +4,119 @@ Knows arguments, files and terminals; the work is done by the modules it calls.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
-from modulation.errors import DataError, LevelError
+from modulation.demo import DEMO
+from modulation.evaluation.judges import RULE
+from modulation.evaluation.options import (
+    Attacks,
+    DataFile,
+    HtmlOut,
+    JsonOut,
+    MaskFile,
+    MaxNewTokens,
+    PromptKind,
+)
+from modulation.evaluation.prompts import read_prompts
+from modulation.evaluation.provenance import dated, provenance
+from modulation.evaluation.run import Evaluation
+from modulation.evaluation.sources import in_process
+from modulation.flags import Device, Dtype, command_line, parse_levels, refuse_unwritable
+from modulation.opening import open_mask
 
 if TYPE_CHECKING:
-    from modulation.levels import SafetyLevel
+    from modulation.evaluation.rankings import Pruning
+    from modulation.evaluation.robustness import PrunedFigures
     from modulation.masks import Mask
 
 COUNTS = "0,1,5,10,25%,50%,100%"
-SHOWN = ("asr", "over_refusal", "benign_correct")
+SHOWN = ("asr", "refusal_plain", "over_refusal", "benign_correct")
 
 
 def robustness(
-    data: Annotated[Path, typer.Option(help="Prompts, one JSON object a line (docs/demo-model.md).")],
-    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = "demo",
-    mask: Annotated[Path | None, typer.Option(help="Mask file; left out: the demo model's.")] = None,
+    ctx: typer.Context,
+    data: DataFile,
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = DEMO,
+    mask: MaskFile = None,
     levels: Annotated[
         str, typer.Option(help="Level names or numbers, separated by commas.")
     ] = "off,security-critical",
+    kind: PromptKind = None,
+    attacks: Attacks = "none",
     counts: Annotated[
         str, typer.Option(help="How many safety neurons to prune: numbers, or shares of the set (25%).")
     ] = COUNTS,
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores file, to prune beyond the safety set in its order.")
+    ] = None,
     num_random: Annotated[int, typer.Option(min=0, help="Random draws of as many neurons, as control.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first random draw.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
-    html_out: Annotated[Path | None, typer.Option("--html", help="File to write the report to.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the wrappers, and of the first random draw.")] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="What its weights are kept as.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 64,
+    json_out: JsonOut = None,
+    html_out: HtmlOut = None,
 ) -> None:
     """Prune the top safety neurons, then answer prompts at several levels and judge the answers."""
-    # Imported here, so that other commands start without torch.
-    from modulation.demo import MASK_FILE, MODEL_DIR
-    from modulation.evaluation import pruning
-    from modulation.evaluation.data import read_records
-    from modulation.evaluation.html.svg import require_matplotlib
-    from modulation.evaluation.html_report import robustness_page
-    from modulation.loading import load_model, load_tokenizer
-    from modulation.masks import Mask
-    from modulation.modulator import Modulator
-
-    if mask is None and model != "demo":
-        raise DataError(f"--mask is missing: model {model!r} has no shipped mask.")
-    _check_outputs({"--json": json_out, "--html": html_out})
+    refuse_unwritable({"--json": json_out, "--html": html_out})
     if html_out is not None:
+        from modulation.evaluation.html.svg import require_matplotlib
+
         require_matplotlib()
-    records = read_records(data)
-    loaded_mask = Mask.load(mask or MASK_FILE)
-    chosen = _levels(loaded_mask, levels)
-    numbers = pruning.read_counts(counts, len(loaded_mask.safety))
-    rankings = {pruning.SAFETY: pruning.safety_ranking(loaded_mask)}
-    for draw in range(seed, seed + num_random):
-        rankings[f"random {draw}"] = pruning.random_ranking(loaded_mask, draw)
-    pruning.check_counts(numbers, rankings)
-    folder = str(MODEL_DIR) if model == "demo" else model
-    tokenizer = load_tokenizer(folder)
-    modulator = Modulator(load_model(folder, device="cpu", dtype="float32"), loaded_mask)
-    passes = pruning.num_measured(len(chosen), numbers, len(rankings))
-    with tqdm(total=passes * len(records), unit="prompt") as bar:
-        points = pruning.pruned_metrics(
-            modulator,
-            tokenizer,
-            records,
-            chosen,
-            numbers,
-            rankings,
-            max_new_tokens=max_new_tokens,
-            on_answered=lambda number: bar.update(number),
+    names = parse_levels(levels)
+    prompts = read_prompts(data, kind, attacks, seed)
+    typer.echo(f"{data}: {prompts}")
+    loaded_mask = open_mask(model, mask)
+    prunings = _prunings(loaded_mask, counts, scores, num_random, seed)
+    source, loaded = in_process(
+        model,
+        loaded_mask,
+        names,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    from modulation.evaluation.robustness import num_passes, pruned_figures
+
+    total = num_passes(prunings) * len(source.titles) * len(prompts.records)
+    with tqdm(total=total, unit="answer", disable=None) as bar:
+        evaluation = Evaluation(
+            prompts.records, source.answer_at, measures=source.measures, on_done=bar.update
         )
+        points = pruned_figures(evaluation, list(source.titles), loaded, prunings)
+    run = provenance(data, prompts, source, RULE, command_line(ctx))
+    run["safety set"] = f"{len(loaded_mask.safety)} neurons"
+    _write(points, run, json_out, html_out)
+
+
+def _prunings(mask: "Mask", counts: str, scores: Path | None, num_random: int, seed: int) -> "list[Pruning]":
+    from modulation.attribution.scores import ScoresFile
+    from modulation.evaluation.rankings import random_pruning, read_counts, safety_pruning
+
+    ranked_by = None if scores is None else ScoresFile.load(scores)
+    attack = safety_pruning(mask, read_counts(counts, len(mask.safety)), ranked_by)
+    return [attack, *(random_pruning(mask, attack, draw) for draw in range(seed, seed + num_random))]
+
+
+def _write(
+    points: "Sequence[PrunedFigures]", run: dict[str, str], json_out: Path | None, html_out: Path | None
+) -> None:
+    from modulation.evaluation.html_report import robustness_page
+    from modulation.evaluation.robustness import pruning_table
+
     for metric in SHOWN:
         if any(metric in point["figures"] for point in points):
-            typer.echo(f"\n{metric}:\n\n{pruning.pruning_table(points, metric)}")
-    run = {
-        "model": model,
-        "mask": loaded_mask.digest,
-        "data": str(data),
-        "safety set": f"{len(loaded_mask.safety)} neurons",
-        "answers": f"greedy, float32, at most {max_new_tokens} tokens",
-    }
+            typer.echo(f"\n{metric}:\n\n{pruning_table(points, metric)}")
     if json_out is not None:
         json_out.write_text(json.dumps({"run": run, "points": points}, indent=2) + "\n")
         typer.echo(f"\nWrote {json_out}.")
     if html_out is not None:
-        html_out.write_text(robustness_page(points, run), encoding="utf-8")
+        html_out.write_text(robustness_page(points, dated(run)), encoding="utf-8")
         typer.echo(f"\nWrote {html_out}.")
-
-
-def _check_outputs(outputs: dict[str, Path | None]) -> None:
-    """Before anything slow is done: files that cannot be written are refused."""
-    for flag, path in outputs.items():
-        if path is not None and not path.parent.is_dir():
-            raise DataError(f"{flag} {path}: the folder {path.parent} does not exist.")
-        if path is not None and path.is_dir():
-            raise DataError(f"{flag} {path} is a folder; a file is needed.")
-
-
-def _levels(mask: "Mask", text: str) -> "list[SafetyLevel]":
-    chosen = [mask.levels.parse(name.strip()) for name in text.split(",")]
-    if len({level.name for level in chosen}) < len(chosen):
-        raise LevelError(f"--levels {text!r} names a level twice.")
-    return chosen

@@ -3,15 +3,15 @@
 Knows the order of things and what need not be done again. Knows no model, no server and no terminal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from modulation.errors import DataError
 from modulation.evaluation.answer_file import Answered, AnswerFile
 from modulation.evaluation.data import Record
 from modulation.evaluation.judges import RULE, Judge, Verdict, by_rule
 from modulation.evaluation.metrics import count_verdicts
+from modulation.evaluation.quality import Figures
 
 OnAnswer = Callable[[int, str], object]
 """Told the row of a prompt and its answer, as soon as it is there, in any order."""
@@ -19,8 +19,8 @@ OnAnswer = Callable[[int, str], object]
 AnswerAt = Callable[[str, Sequence[str], OnAnswer], object]
 """A level's name and prompts: answers every prompt at that level, and tells each answer."""
 
-Measure = Callable[[str, Sequence[Record], Sequence[str]], Mapping[str, Any]]
-"""A level's name, records and their answers to further metrics of that level, by name."""
+Measure = Callable[[str, Sequence[Record], Sequence[str]], Figures]
+"""A level's name, records and their answers to further figures of that level."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Evaluation:
     on_done: Callable[[int], object] = lambda _number: None
 
 
-def evaluate_levels(
-    evaluation: Evaluation, levels: Sequence[str], kept: AnswerFile
-) -> dict[str, dict[str, Any]]:
-    """The metrics at each level, by name. What `kept` knows is not asked again.
+def evaluate_levels(evaluation: Evaluation, levels: Sequence[str], kept: AnswerFile) -> dict[str, Figures]:
+    """The figures at each level, by name. What `kept` knows is not asked again.
 
     Raises DataError where the judge gave no verdict on any answer of a level.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Figures] = {}
     for level in levels:
         answers = _answers(evaluation, level, kept)
         verdicts = _verdicts(evaluation, level, kept)
@@ -54,7 +52,7 @@ def evaluate_levels(
                 f"The judge {evaluation.judge_name} gave no verdict on any of the {len(verdicts)} answers "
                 f"at level {level!r}. Use another --judge-model, or another --judge-prompt."
             )
-        found[level] = dict(count_verdicts(evaluation.records, verdicts))
+        found[level] = Figures(**count_verdicts(evaluation.records, verdicts))  # type: ignore[typeddict-item]
         for measure in evaluation.measures:
             found[level].update(measure(level, evaluation.records, answers))
     kept.finish(evaluation.records)
@@ -70,14 +68,14 @@ def _answers(evaluation: Evaluation, level: str, kept: AnswerFile) -> list[str]:
 
     if pending:
         evaluation.answer_at(level, [record.prompt for record in pending], keep)
-    return [_known(kept, level, record).answer for record in evaluation.records]
+    return [kept.known(level, record).answer for record in evaluation.records]
 
 
 def _verdicts(evaluation: Evaluation, level: str, kept: AnswerFile) -> list[Verdict | None]:
     """Verdicts by rule are always made anew: they cost nothing, and the rule may have changed."""
     name = evaluation.judge_name
-    pending = [r for r in evaluation.records if name == RULE or _known(kept, level, r).judge != name]
-    answers = [_known(kept, level, record).answer for record in pending]
+    pending = [r for r in evaluation.records if name == RULE or kept.known(level, r).judge != name]
+    answers = [kept.known(level, record).answer for record in pending]
 
     def keep(row: int, verdict: Verdict | None) -> None:
         kept.put(level, pending[row], Answered(answers[row], name, verdict))
@@ -86,10 +84,4 @@ def _verdicts(evaluation: Evaluation, level: str, kept: AnswerFile) -> list[Verd
 
     if pending:
         evaluation.judge(pending, answers, keep)
-    return [_known(kept, level, record).verdict for record in evaluation.records]
-
-
-def _known(kept: AnswerFile, level: str, record: Record) -> Answered:
-    answered = kept.get(level, record)
-    assert answered is not None, (level, record.id)
-    return answered
+    return [kept.known(level, record).verdict for record in evaluation.records]

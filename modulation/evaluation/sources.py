@@ -1,67 +1,82 @@
 """Where answers come from: a model in this process, or a server behind a URL, each with its levels.
 
-Knows how the two are set up from what a command was told. Knows nothing of prompts, judges or printing.
-Imports torch only for a model in this process.
+Knows how the two are set up from what a command was told, and what can be measured on each. Knows nothing
+of prompts, judges or printing. Imports torch only for a model in this process.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from modulation.demo import MASK_FILE, MODEL_DIR
-from modulation.errors import DataError, LevelError
+from modulation.evaluation.data import Record
+from modulation.evaluation.quality import Figures, text_quality
 from modulation.evaluation.remote import Endpoint, Reply, ask, listed_levels, user
-from modulation.evaluation.run import AnswerAt, OnAnswer
+from modulation.evaluation.run import AnswerAt, Measure, OnAnswer
 from modulation.levels import SafetyLevels
+from modulation.masks import Mask
+from modulation.opening import Opened, open_model
 
-DEMO: Final = "demo"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SERVER_DEFAULT: Final = "default"
 
 
 @dataclass(frozen=True)
 class Source:
     """`titles` has a line for people on each level, in the order they are answered at; `run` is what
-    the answers depend on besides prompt and level."""
+    the answers depend on besides prompt and level, `told` how they are made, in words."""
 
     titles: Mapping[str, str]
     answer_at: AnswerAt
+    measures: Sequence[Measure]
     run: Mapping[str, Any]
+    told: str
 
 
 def in_process(
     model: str,
-    mask: Path | None,
+    mask: Mask,
     levels: Sequence[str],
     *,
     device: str,
     dtype: str,
     batch_size: int,
     max_new_tokens: int,
-) -> Source:
-    """A model, by folder or name, with a mask; no levels: all of the mask's.
+) -> tuple[Source, "PreTrainedModel"]:
+    """A model, by folder or name, with its mask; no levels: all of the mask's.
 
-    Raises DataError, LevelError, MaskError or ModelError; the levels are read before the model is.
+    Raises LevelError, MaskError or ModelError; the levels are read before the model is.
     """
-    if mask is None and model != DEMO:
-        raise DataError(f"--mask is missing: model {model!r} has no shipped mask.")
-    from modulation.evaluation.levels import answering_in_process
-    from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-    from modulation.masks import Mask
+    titles = _titles(mask.levels, levels)
+    opened = open_model(model, device, dtype)
+    answer_at, measures = _modulated(opened, mask, batch_size, max_new_tokens)
+    kept_as = opened.dtype.value
+    source = Source(
+        titles=titles,
+        answer_at=answer_at,
+        measures=measures,
+        run={"model": model, "mask": mask.digest, "dtype": kept_as, "max_new_tokens": max_new_tokens},
+        told=f"greedy, at most {max_new_tokens} tokens, {opened}",
+    )
+    return source, opened.model
+
+
+def _modulated(
+    opened: Opened, mask: Mask, batch_size: int, max_new_tokens: int
+) -> tuple[AnswerAt, Sequence[Measure]]:
+    from modulation.evaluation.levels import answering_in_process, perplexity_in_process
     from modulation.modulator import Modulator
 
-    loaded = Mask.load(mask or MASK_FILE)
-    titles = _titles(loaded.levels, levels)
-    on = resolve_device(device)
-    kept_as = resolve_dtype(dtype, on.value)
-    folder = str(MODEL_DIR) if model == DEMO else model
-    tokenizer = load_tokenizer(folder)
-    modulator = Modulator(load_model(folder, device=on.value, dtype=kept_as.value), loaded)
-    return Source(
-        titles=titles,
-        answer_at=answering_in_process(modulator, tokenizer, loaded.levels, max_new_tokens, batch_size),
-        run={"model": model, "mask": loaded.digest, "dtype": kept_as.value, "max_new_tokens": max_new_tokens},
-    )
+    modulator = Modulator(opened.model, mask)
+    answer_at = answering_in_process(modulator, opened.tokenizer, mask.levels, max_new_tokens, batch_size)
+    perplexity = perplexity_in_process(modulator, opened.tokenizer, mask.levels, batch_size)
+    return answer_at, (perplexity, _measure_texts)
+
+
+def _measure_texts(_level: str, _records: Sequence[Record], answers: Sequence[str]) -> Figures:
+    quality = text_quality(answers)
+    return Figures(repetition=quality["repetition"], length=quality["length"])
 
 
 def behind_url(
@@ -91,22 +106,14 @@ def behind_url(
     return Source(
         titles={name: f"{name} at {endpoint.url}" for name in names or (SERVER_DEFAULT,)},
         answer_at=answer_at,
+        measures=(_measure_texts,),
         run={
             "model": f"{endpoint.model} at {endpoint.url}",
             "mask": listed.mask,
             "max_new_tokens": max_new_tokens,
         },
+        told=f"greedy, at most {max_new_tokens} tokens, over HTTP",
     )
-
-
-def parse_levels(text: str) -> tuple[str, ...]:
-    """Names and numbers separated by commas; an empty text means none. Raises LevelError."""
-    names = tuple(name.strip() for name in text.split(",")) if text else ()
-    if "" in names:
-        raise LevelError(f"--levels {text!r} has an empty name.")
-    if len(set(names)) < len(names):
-        raise LevelError(f"--levels {text!r} names a level twice.")
-    return names
 
 
 def _titles(offered: SafetyLevels, names: Sequence[str]) -> dict[str, str]:

@@ -76,7 +76,8 @@ def test_a_metric_without_prompts_is_left_out(tmp_path: Path) -> None:
     out, only = tmp_path / "out.json", tmp_path / "benign.jsonl"
     only.write_text(write_records(records("benign", "tune", None)[:3]))
     assert evaluate("--data", only, "--levels", "off", "--json", out).exit_code == 0
-    assert set(json.loads(out.read_text())["levels"]["off"]) == {"benign_correct"}
+    figures = json.loads(out.read_text())["levels"]["off"]
+    assert set(figures) == {"benign_correct", "perplexity", "repetition", "length"}
     assert evaluate_answers([], []) == {}
 
 
@@ -97,6 +98,8 @@ def test_attacks_on_a_file_without_plain_harmful_prompts_are_refused(tmp_path: P
         (["--kind", "benign"], "field 'kind' of each says it"),
         (["--answers-out", "/no/such/folder/x"], "/no/such/folder does not exist"),
         (["--json", "/no/such/folder/out.json"], "/no/such/folder does not exist"),
+        (["--html", "/no/such/folder/out.html"], "/no/such/folder does not exist"),
+        (["--json", "out", "--html", "out"], "--html out is what --json writes too"),
         (["--data", "/no/such/file.jsonl"], "/no/such/file.jsonl: cannot be read"),
     ],
 )

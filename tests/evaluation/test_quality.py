@@ -12,8 +12,9 @@ from modulation.demo import MODEL_DIR
 from modulation.errors import ModelError
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
-from modulation.evaluation.figures import figures_at
-from modulation.evaluation.quality import end_of_turn, perplexity, repeated_share, text_quality
+from modulation.evaluation.levels import answering_in_process, perplexity_in_process
+from modulation.evaluation.perplexity import end_of_turn, perplexity
+from modulation.evaluation.quality import repeated_share, text_quality
 from modulation.levels import Threshold
 from modulation.loading import load_tokenizer
 from modulation.modulator import Modulator
@@ -150,15 +151,22 @@ def test_text_quality_counts_looping_and_empty_answers_and_words() -> None:
         text_quality([])
 
 
-def test_all_figures_of_a_threshold_are_those_of_the_modulated_model(
+def test_a_level_is_answered_and_measured_under_the_modulated_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    modulator = Modulator(model, random_mask(model))
-    answer = transformers_answerer(model, tokenizer, max_new_tokens=5)
-    figures, answers = figures_at(modulator, tokenizer, RECORDS, Threshold(12, 9), answer)
-    with modulator.applied(Threshold(12, 9)):
-        assert answers == answer([record.prompt for record in RECORDS])
-        assert figures["perplexity"] == perplexity(model, tokenizer, RECORDS)
-    assert figures["length"] == text_quality(answers)["length"]
-    assert figures["benign_correct"]["total"] == 3 and "asr" not in figures
+    mask = random_mask(model)
+    modulator = Modulator(model, mask)
+    found: dict[int, str] = {}
+    prompts = [record.prompt for record in RECORDS]
+    answering_in_process(modulator, tokenizer, mask.levels, 5, 2)(
+        "security-critical", prompts, found.__setitem__
+    )
+    measure = perplexity_in_process(modulator, tokenizer, mask.levels, 2)
+    figures = measure("security-critical", RECORDS, [])
+    with modulator.applied(mask.levels.parse("security-critical").threshold):
+        answer = transformers_answerer(model, tokenizer, max_new_tokens=5, batch_size=2)
+        assert [found[row] for row in range(len(RECORDS))] == answer(prompts)
+        assert figures == {"perplexity": perplexity(model, tokenizer, RECORDS, 2, kinds=("benign",))}
+    assert figures["perplexity"]["num_answers"] == 2
+    assert measure("off", RECORDS[3:4], []) == {}
     assert not any(module._forward_pre_hooks for module in model.modules())

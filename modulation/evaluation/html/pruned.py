@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from modulation.evaluation.html import plots
 from modulation.evaluation.html.page import Html, element, figure, folded, joined, section, table
 from modulation.evaluation.html.summary import RATES, WIDE_COLUMNS, rate_cell
-from modulation.evaluation.metrics import Rate
-from modulation.evaluation.pruning import SAFETY, PrunedFigures
+from modulation.evaluation.rankings import SAFETY
+from modulation.evaluation.report import rate_of
+from modulation.evaluation.robustness import PrunedFigures
 
 
 def pruning_section(points: Sequence[PrunedFigures]) -> Html:
@@ -22,7 +23,7 @@ def pruning_section(points: Sequence[PrunedFigures]) -> Html:
         told = "; ".join(_in_words(line) for line in lines)
         caption = (
             "Solid: the top neurons of the safety set are pruned; dotted: as many random neurons of "
-            "the same layers, outside both sets. The bands are 95 % intervals of the solid lines."
+            "the same layers, outside both sets, at once. The bands are 95 % intervals of the solid lines."
         )
         parts.insert(0, figure(plots.pruning("pruning", f"{told}.", lines), caption))
     return section("Robustness to pruning", *parts)
@@ -57,11 +58,11 @@ def _rate_table(points: Sequence[PrunedFigures], metric: str, label: str) -> Htm
     narrow = len(columns) > WIDE_COLUMNS
     cells: dict[tuple[str, str, int], Html] = {}
     for point in points:
-        rate: Rate | None = dict(point["figures"]).get(metric)  # type: ignore[assignment]
-        cells[point["level"], point["pruned"], point["num_pruned"]] = rate_cell(rate, narrow=narrow)
+        found = rate_of(point["figures"], metric)
+        cells[point["level"], point["pruned"], point["num_pruned"]] = rate_cell(found, narrow=narrow)
     rows = [
         [str(count), *(cells.get((*column, count), rate_cell(None)) for column in columns)]
-        for count in dict.fromkeys(point["num_pruned"] for point in points)
+        for count in sorted({point["num_pruned"] for point in points})
     ]
     headings = [joined([element("code", level), element("small", pruned)]) for level, pruned in columns]
     title = f"{label[0].upper()}{label[1:]}, by level and by which neurons are pruned"

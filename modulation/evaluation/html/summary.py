@@ -10,7 +10,7 @@ from modulation.evaluation.html import plots
 from modulation.evaluation.html.page import Html, element, figure, joined, section, table
 from modulation.evaluation.metrics import Rate
 from modulation.evaluation.quality import Figures
-from modulation.evaluation.report import percent
+from modulation.evaluation.report import percent, rate_of
 from modulation.levels import OFF
 from modulation.masks import Mask
 
@@ -48,15 +48,10 @@ def headline(levels: Mapping[str, Figures]) -> str:
         ("over_refusal", "of borderline prompts are refused"),
         ("benign_correct", "of benign prompts are answered rightly"),
     ):
-        here, off = _rate(levels[safest], metric), _rate(levels[OFF], metric)
+        here, off = rate_of(levels[safest], metric), rate_of(levels[OFF], metric)
         if here and off:
             told.append(f"{percent(here['rate'])} {what} ({percent(off['rate'])} at {OFF})")
     return f"Least attack success at level {safest}: {', '.join(told)}."
-
-
-def _rate(figures: Figures, metric: str) -> Rate | None:
-    found: Rate | None = dict(figures).get(metric)  # type: ignore[assignment]
-    return found
 
 
 def summary_section(levels: Mapping[str, Figures], mask: Mask | None) -> Html:
@@ -70,7 +65,7 @@ def summary_section(levels: Mapping[str, Figures], mask: Mask | None) -> Html:
     rows = [
         [
             _level_cell(name, mask),
-            *(rate_cell(_rate(figures, metric), narrow=True) for metric, _, _ in shown),
+            *(rate_cell(rate_of(figures, metric), narrow=True) for metric, _, _ in shown),
             *(write(figures) if key in figures else Html("-") for key, _, _, write in quality),
         ]
         for name, figures in levels.items()
