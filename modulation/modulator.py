@@ -64,6 +64,15 @@ class Modulator:
         self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
         self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._ones = torch.ones((), dtype=torch.float32, device=device)
+        # Where each of these neurons stands among all, safety set first, by rank.
+        places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
+        self._places = torch.tensor(places, dtype=torch.int64, device=device)
+
+    def use_factors(self, factors: Tensor) -> None:
+        """From now on, multiply by these factors instead of the mask's: float32 (neurons,), the safety
+        set first, by rank. Gradients flow through them."""
+        assert factors.shape == self._factors.shape, (factors.shape, self._factors.shape)
+        self._factors = factors.to(self._factors.device)[self._places]
 
     def set_thresholds(self, thresholds: Tensor) -> None:
         """Set what the next forward pass applies: int (tokens, 2), or (1, 2) for every token."""

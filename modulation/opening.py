@@ -49,3 +49,10 @@ def open_mask(model: str, mask: Path | None) -> Mask:
             f"--mask is missing: model {model!r} has no shipped mask. Name the file of a mask made for it."
         )
     return Mask.load(mask or MASK_FILE)
+
+
+def model_id(model: str) -> str:
+    """What artefacts call a model: a folder by its own name, so that files tell nothing of the machine."""
+    if model == DEMO:
+        return "neurontune-demo"
+    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -5,7 +5,7 @@ prompts included. First order, two backward passes a batch. Formulas: docs/attri
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from modulation.attribution.base import AttributionData, Scores
 from modulation.attribution.gates import Integrated, gate_effects, gate_values
 from modulation.attribution.teacher_forcing import (
     NUM_MARGIN_TOKENS,
-    WHOLE,
     Both,
     Forced,
     Forcing,
@@ -27,11 +26,12 @@ from modulation.sites import Site, find_sites
 
 Utility = Literal["helpful", "complying"]
 Cost = Literal["absolute", "positive"]
+Direction = Literal["either", "amplify"]
 
 # How much what a neuron does to benign and to borderline prompts counts against it. Chosen on the demo
 # model's validation prompts, see docs/method.md.
-BENIGN_WEIGHT: Final = 0.7
-BORDERLINE_WEIGHT: Final = 0.25
+BENIGN_WEIGHT: Final = 0.5
+BORDERLINE_WEIGHT: Final = 0.5
 
 _PLAIN: Final = "harmful"
 _ATTACK: Final = "attack: "
@@ -45,13 +45,15 @@ def attack_aware(
     accumulator: Accumulator,
     *,
     utility: Utility = "helpful",
+    direction: Direction = "either",
     benign_weight: float = BENIGN_WEIGHT,
     borderline_weight: float = BORDERLINE_WEIGHT,
-    cost: Cost = "absolute",
+    attack_weight: float = 1.0,
+    cost: Cost = "positive",
     include_plain: bool = True,
     helpful_borderline: float = 0.5,
     margin_tokens: int = NUM_MARGIN_TOKENS,
-    utility_tokens: int = WHOLE,
+    utility_tokens: int = NUM_MARGIN_TOKENS,
     integrated: Integrated = "none",
     steps: int = 8,
 ) -> Scores:
@@ -66,13 +68,17 @@ def attack_aware(
     what harms another; `positive` is the positive part of the mean effect.
     `utility`: `helpful` is the effect on the log-probability of the right answers' first `utility_tokens`
     tokens (0: whole answers) to benign prompts and, with the share `helpful_borderline`, to borderline
-    ones; `complying` is the effect towards going along with every attack, less the cost.
+    ones, less `attack_weight` times the mean effect towards going along with attacks; `complying` is the
+    effect towards going along with every attack, less the cost.
+    `direction`: `amplify` scores what scaling a neuron up does; `either` the better of scaling it up and
+    down, for factors that are learned: the tuning finds out which way.
     `integrated`, `steps`: see `gate_values`.
 
     Raises DataError for missing examples and for options that are out of range.
     """
     values = gate_values(integrated, steps)
-    _check_options(utility, cost, helpful_borderline, margin_tokens, utility_tokens)
+    _check_words(utility=(utility, Utility), cost=(cost, Cost), direction=(direction, Direction))
+    _check_numbers(helpful_borderline, margin_tokens, utility_tokens)
     _check_data(data, include_plain, borderline_weight, helpful_borderline if utility == "helpful" else 0.0)
     sites, forcing = find_sites(model), Forcing(model, tokenizer)
 
@@ -99,11 +105,23 @@ def attack_aware(
 
     harmful = [totals[name].mean("effect") for name in groups if name == _PLAIN or name.startswith(_ATTACK)]
     weights = {"benign": benign_weight, "borderline": borderline_weight}
-    if utility == "helpful":
-        useful = _weighted({name: totals[f"{_HELPFUL}{name}"].mean("effect") for name in shares}, shares)
-    else:
-        useful = _every([-each for each in harmful]) - _cost(totals, weights, cost, -1.0)
-    return Scores(safety=_every(harmful) - _cost(totals, weights, cost, 1.0), utility=useful)
+    attacks = [totals[name].mean("effect") for name in groups if name.startswith(_ATTACK)]
+    helpful = _weighted({name: totals[f"{_HELPFUL}{name}"].mean("effect") for name in shares}, shares)
+
+    def safety(sign: float) -> Tensor:
+        return _every([sign * each for each in harmful]) - _cost(totals, weights, cost, sign)
+
+    def useful(sign: float) -> Tensor:
+        if utility == "complying":
+            return safety(-sign)
+        complying = (-sign * torch.stack(attacks).mean(dim=0)).clamp(min=0)
+        return sign * helpful - attack_weight * complying
+
+    if direction == "amplify":
+        return Scores(safety=safety(1.0), utility=useful(1.0))
+    return Scores(
+        safety=torch.maximum(safety(1.0), safety(-1.0)), utility=torch.maximum(useful(1.0), useful(-1.0))
+    )
 
 
 def _log_probability_effects(
@@ -138,12 +156,13 @@ def _helpful_shares(borderline: float) -> dict[str, float]:
     return {name: share for name, share in shares.items() if share}
 
 
-def _check_options(
-    utility: str, cost: str, helpful_borderline: float, margin_tokens: int, utility_tokens: int
-) -> None:
-    for name, value, accepted in (("utility", utility, get_args(Utility)), ("cost", cost, get_args(Cost))):
-        if value not in accepted:
-            raise DataError(f"Option {name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
+def _check_words(**given: tuple[str, Any]) -> None:
+    for name, (value, accepted) in given.items():
+        if value not in get_args(accepted):
+            raise DataError(f"Option {name}={value!r} is unknown; accepted: {', '.join(get_args(accepted))}.")
+
+
+def _check_numbers(helpful_borderline: float, margin_tokens: int, utility_tokens: int) -> None:
     if not 0 <= helpful_borderline <= 1:
         raise DataError(f"Option helpful_borderline={helpful_borderline:g}: a share from 0 to 1 is needed.")
     for name, number in (("margin_tokens", margin_tokens), ("utility_tokens", utility_tokens)):

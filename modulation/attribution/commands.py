@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from modulation.demo import DEMO
 from modulation.flags import Device, Dtype, refuse_unwritable
-from modulation.opening import open_model
+from modulation.opening import model_id, open_model
 
 if TYPE_CHECKING:
     from modulation.attribution.accumulate import OnProgress
@@ -37,37 +37,22 @@ def attribute(
 ) -> None:
     """Score every neuron by how much it carries safety and utility. Goes on where it was interrupted."""
     # Imported here, so that other commands start without torch.
-    from modulation.attribution.examples import REFUSAL, attribution_data
     from modulation.attribution.methods import parse_options
+    from modulation.attribution.reading import examples_of
     from modulation.attribution.runs import Run, summary
     from modulation.attribution.runs import attribute as attribute_data
-    from modulation.evaluation.answering import transformers_answerer
     from modulation.evaluation.data import read_records
 
     refuse_unwritable({"--out": out})
     options = parse_options(method, option or [], seed)
     records = read_records(data)
     opened = open_model(model, device, dtype)
-    loaded, tokenizer = opened.model, opened.tokenizer
     typer.echo(str(opened))
-    num_missing = sum(each.answer is None and each.kind != "harmful" for each in records)
-    with tqdm(total=num_missing, unit="answer", disable=not num_missing) as bar:
-        examples = attribution_data(
-            records,
-            answerer=transformers_answerer(
-                loaded, tokenizer, batch_size=batch_size, on_answered=lambda number: bar.update(number)
-            ),
-            refusal=REFUSAL if refusal is None else refusal,
-        )
-    run = Run(method, options, "neurontune-demo" if model == DEMO else _name(model), seed, batch_size)
+    examples = examples_of(records, opened, refusal, batch_size)
+    run = Run(method, options, model_id(model), seed, batch_size)
     with tqdm(unit="prompt") as bar:
-        made = attribute_data(loaded, tokenizer, examples, run, out, _shown_on(bar))
+        made = attribute_data(opened.model, opened.tokenizer, examples, run, out, _shown_on(bar))
     typer.echo(f"\n{summary(made)}\n\nWrote {out}.")
-
-
-def _name(model: str) -> str:
-    """A folder's own name, so that files tell nothing of the machine; a hub name as it is."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _shown_on(bar: "tqdm[Never]") -> "OnProgress":

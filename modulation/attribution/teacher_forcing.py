@@ -35,6 +35,16 @@ class Both:
     complying: Forced
 
 
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """Where the refusing answer parts from the complying one: the place in the answer (0 first), and the
+    token that each has there."""
+
+    place: int
+    refusing: int
+    complying: int
+
+
 class Forcing:
     """Examples to tokens for one model, within its context."""
 
@@ -63,6 +73,24 @@ class Forcing:
             for each in examples
         ]
         return sorted(found, key=lambda each: len(each.refusing.tokens))
+
+    def parting(self, example: Example, *, whole: bool) -> tuple[Forced, Parting]:
+        """The prompt with the complying answer, `whole` or up to where the refusing one parts from it.
+
+        Raises DataError where one answer begins with the whole other one.
+        """
+        complying = self._forced(example, example.complying, WHOLE)
+        refusing = self._forced(example, example.refusing, WHOLE)
+        start = complying.start
+        pairs = zip(refusing.tokens[start:], complying.tokens[start:], strict=False)
+        for place, (refuses, complies) in enumerate(pairs):
+            if refuses != complies:
+                end = len(complying.tokens) if whole else start + place + 1
+                return Forced(complying.tokens[:end], start), Parting(place, refuses, complies)
+        raise DataError(
+            f"Record {example.name!r}: its answer {example.complying!r} and the refusal {example.refusing!r} "
+            "do not part: one begins with the other. Give another answer or another --refusal."
+        )
 
     def _forced(self, example: Example, answer: str | None, num_tokens: int) -> Forced:
         """Raises DataError for an answer without tokens and for what the model's context cannot hold."""
@@ -105,14 +133,32 @@ def padded(batch: Sequence[Forced], device: torch.device) -> tuple[Tensor, Tenso
     return tokens.to(device), answers.to(device)
 
 
-def answer_log_probability(model: PreTrainedModel, batch: Sequence[Forced]) -> Tensor:
-    """Log-probability of each answer after its prompt, summed over its tokens: float32 (rows,)."""
+@dataclass(frozen=True, slots=True)
+class AnswerTokens:
+    """Every answer token of a batch, one entry each: its row, its place in the answer (0 first), the
+    log-probabilities of all tokens there, float32 (tokens, vocabulary), and that of the token itself."""
+
+    rows: Tensor
+    places: Tensor
+    predicted: Tensor
+    chosen: Tensor
+
+
+def answer_tokens(model: PreTrainedModel, batch: Sequence[Forced]) -> AnswerTokens:
+    """One forward pass of the prompts with their answers; differentiable."""
     tokens, answers = padded(batch, model.device)
     # Logits are large (tokens x vocabulary): only where an answer is predicted are they computed.
     columns = answers.any(dim=0).nonzero().squeeze(1)
     logits = model(tokens, use_cache=False, logits_to_keep=columns).logits
     rows, places = answers[:, columns].nonzero(as_tuple=True)
     predicted = logits[rows, places].float().log_softmax(-1)
-    targets = tokens[rows, columns[places] + 1]
-    chosen = predicted.gather(1, targets[:, None]).squeeze(1)
-    return torch.zeros(len(batch), device=chosen.device).index_add(0, rows, chosen)
+    at = columns[places]
+    chosen = predicted.gather(1, tokens[rows, at + 1][:, None]).squeeze(1)
+    starts = torch.tensor([each.start for each in batch], device=at.device)
+    return AnswerTokens(rows, at + 1 - starts[rows], predicted, chosen)
+
+
+def answer_log_probability(model: PreTrainedModel, batch: Sequence[Forced]) -> Tensor:
+    """Log-probability of each answer after its prompt, summed over its tokens: float32 (rows,)."""
+    found = answer_tokens(model, batch)
+    return torch.zeros(len(batch), device=found.chosen.device).index_add(0, found.rows, found.chosen)

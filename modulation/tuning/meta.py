@@ -1,0 +1,219 @@
+"""Meta-learning of the factors in MAML's form (arXiv 1703.03400), and plain risk minimisation beside it.
+
+Knows tasks, an objective and gradient steps. Knows nothing of models, files or terminals.
+
+A step adapts the parameters to one attack family with a few inner steps on its support prompts, and
+improves the outer loss that the adapted parameters have on query prompts of the *other* families (the
+cross-family form, MLDG, arXiv 1710.03463), so that what helps against one attack helps against those
+never seen. First order by default: the outer gradient is taken at the adapted parameters as if they
+did not depend on the start (FOMAML). `erm` has no inner steps and draws from all families.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from modulation.attribution.gates import frozen
+from modulation.checkpoints import Checkpoint
+from modulation.tuning.objective import Objective, Seen
+from modulation.tuning.tasks import Drawn, Tasks
+
+_BETAS = (0.9, 0.95)
+_FINAL_RATE_SHARE = 0.1
+_VALIDATION_BATCH = 64
+
+OnStep = Callable[[int, int, float, float | None], object]
+"""Told the step's number from 1, the steps in all, its outer loss, and the last validation loss."""
+
+
+@dataclass
+class Learned:
+    """Parameters float32 (groups,): those of the best validation; `num_steps` made them. `history` has a
+    row {"step", "loss", "attack_success", "over_refusal"} for each validation."""
+
+    parameters: Tensor
+    num_steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def learn(
+    objective: Objective,
+    tasks: Tasks,
+    validation: Tasks | None,
+    start: Tensor,
+    *,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    on_step: OnStep = lambda _step, _total, _loss, _validation: None,
+) -> Learned:
+    """Learn parameters from `start`, float32 (groups,). With validation tasks, stop when they have not
+    improved `patience` times and return the best; without, return the last.
+
+    Everything random is drawn from the seed and the step's number, so a run that goes on from its
+    checkpoint gives the same result bit for bit. Raises CheckpointError for one of another run.
+    """
+    settings = objective.settings
+    with frozen(objective.modulator.model):
+        state = _State.restored(start, checkpoint)
+        while state.step < settings.num_steps and state.num_worse < settings.patience:
+            rate = settings.rate * (1 - (1 - _FINAL_RATE_SHARE) * state.step / settings.num_steps)
+            source = random.Random(f"{seed}/{state.step}")
+            loss = state.take_step(objective, tasks, source, rate)
+            is_last = state.step == settings.num_steps
+            if validation and (state.step % settings.validate_every == 0 or is_last):
+                state.judge(validate(objective, validation, state.parameters, seed), settings.patience)
+            on_step(state.step, settings.num_steps, loss, state.best_loss if state.history else None)
+            if checkpoint and (checkpoint.is_due or is_last):
+                state.save(checkpoint)
+    return state.learned(validation is not None)
+
+
+def adapt(
+    objective: Objective, tasks: Tasks, start: Tensor, *, seed: int = 0, num_steps: int, rate: float
+) -> Tensor:
+    """The inner loop alone: `num_steps` gradient steps from `start` on prompts of these tasks.
+
+    Every step sees all attacked prompts that there are (up to the support size) at the anchors.
+    """
+    parameters = start
+    with frozen(objective.modulator.model):
+        for step in range(num_steps):
+            source = random.Random(f"{seed}/adapt/{step}")
+            support = tasks.sample(source, objective.settings.support_size, objective.aims)
+            parameters = _inner_step(objective, parameters, support, rate, create_graph=False).detach()
+    return parameters
+
+
+def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int = 0) -> dict[str, float]:
+    """Loss and shares of margins on the wrong side, at the anchors, on the same prompts every time."""
+    drawn = tasks.sample(
+        random.Random(f"{seed}/validation"), objective.settings.validation_size, objective.aims
+    )
+    losses, sides = 0.0, {"attacked": [0, 0], "borderline": [0, 0]}
+    with torch.no_grad():
+        for start in range(0, len(drawn.prompts), _VALIDATION_BATCH):
+            part = Drawn(
+                drawn.prompts[start : start + _VALIDATION_BATCH],
+                drawn.thresholds[start : start + _VALIDATION_BATCH],
+            )
+            seen = objective(parameters, part)
+            losses += _of_data(seen) * len(part.prompts)
+            for prompt, margin in zip(part.prompts, seen.margins.tolist(), strict=True):
+                if prompt.kind in sides:
+                    wrong = margin > 0 if prompt.kind == "borderline" else margin < 0
+                    sides[prompt.kind][0] += wrong
+                    sides[prompt.kind][1] += 1
+    shares = {kind: wrong / max(1, total) for kind, (wrong, total) in sides.items()}
+    return {
+        "loss": losses / len(drawn.prompts),
+        "attack_success": shares["attacked"],
+        "over_refusal": shares["borderline"],
+    }
+
+
+def _of_data(seen: Seen) -> float:
+    return float(sum(term.item() for name, term in seen.terms.items() if name != "shrinkage"))
+
+
+def _inner_step(
+    objective: Objective, parameters: Tensor, support: Drawn, rate: float, *, create_graph: bool
+) -> Tensor:
+    if not parameters.requires_grad:
+        parameters = parameters.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        objective(parameters, support).loss, parameters, create_graph=create_graph
+    )
+    return objective.shape.within_bounds(parameters - rate * gradient)
+
+
+@dataclass
+class _State:
+    """Where a run stands: parameters, Adam's moments, the best validation so far."""
+
+    parameters: Tensor
+    first: Tensor
+    second: Tensor
+    best: Tensor
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    num_worse: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def restored(cls, start: Tensor, checkpoint: Checkpoint | None) -> "_State":
+        reached = checkpoint.load() if checkpoint else None
+        if reached is None:
+            zeros = torch.zeros_like(start)
+            return cls(start.clone(), zeros, zeros.clone(), start.clone())
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in reached.arrays.items()}
+        fields: dict[str, Any] = {**tensors, **reached.progress}
+        if fields["best_loss"] is None:
+            fields["best_loss"] = float("inf")
+        return cls(**fields)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        names = ("parameters", "first", "second", "best")
+        arrays = {name: getattr(self, name).numpy().astype(np.float32) for name in names}
+        best_loss = None if self.best_loss == float("inf") else self.best_loss
+        progress = {name: getattr(self, name) for name in ("step", "best_step", "num_worse", "history")}
+        checkpoint.save(arrays, {**progress, "best_loss": best_loss})
+
+    def take_step(self, objective: Objective, tasks: Tasks, source: random.Random, rate: float) -> float:
+        """One outer step; returns the outer loss."""
+        loss, gradient = _outer_gradient(objective, tasks, self.parameters, source)
+        self.step += 1
+        self.first = _BETAS[0] * self.first + (1 - _BETAS[0]) * gradient
+        self.second = _BETAS[1] * self.second + (1 - _BETAS[1]) * gradient.square()
+        first = self.first / (1 - _BETAS[0] ** self.step)
+        second = self.second / (1 - _BETAS[1] ** self.step)
+        moved = self.parameters - rate * first / (second.sqrt() + 1e-8)
+        self.parameters = objective.shape.within_bounds(moved)
+        return loss
+
+    def judge(self, found: dict[str, float], patience: int) -> None:
+        self.history.append({"step": self.step, **found})
+        if found["loss"] < self.best_loss:
+            self.best, self.best_loss, self.best_step = self.parameters.clone(), found["loss"], self.step
+            self.num_worse = 0
+        else:
+            self.num_worse = min(patience, self.num_worse + 1)
+
+    def learned(self, validated: bool) -> Learned:
+        if validated:
+            return Learned(self.best, self.best_step, self.history)
+        return Learned(self.parameters, self.step, self.history)
+
+
+def _outer_gradient(
+    objective: Objective, tasks: Tasks, parameters: Tensor, source: random.Random
+) -> tuple[float, Tensor]:
+    """The outer loss and its gradient with respect to the parameters before adaptation."""
+    settings = objective.settings
+    start = parameters.detach().clone().requires_grad_()
+    if settings.method == "erm":
+        drawn = tasks.draw(source, settings.batch_size, objective.aims, tasks.families)
+        loss = objective(start, drawn).loss
+        (gradient,) = torch.autograd.grad(loss, start)
+        return loss.item(), gradient
+    support_families, query_families = tasks.support_and_query(source)
+    adapted = start
+    # Only the plain attention kernel has a second derivative.
+    kernels = [SDPBackend.MATH] if settings.second_order else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        for _ in range(settings.inner_steps):
+            support = tasks.draw(source, settings.support_size, objective.aims, support_families)
+            stepped = _inner_step(
+                objective, adapted, support, settings.inner_rate, create_graph=settings.second_order
+            )
+            adapted = stepped if settings.second_order else stepped.detach().requires_grad_()
+        query = tasks.draw(source, settings.batch_size, objective.aims, query_families)
+        loss = objective(adapted, query).loss
+        (gradient,) = torch.autograd.grad(loss, start if settings.second_order else adapted)
+    return loss.item(), gradient

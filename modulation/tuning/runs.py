@@ -1,0 +1,181 @@
+"""One tuning run from a draft mask to a tuned one, so that it can be killed and gone on with.
+
+Knows what a run's result depends on, and what goes into a mask's metadata. Knows nothing of commands.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modulation.attribution.base import AttributionData
+from modulation.attribution.examples import digest
+from modulation.attribution.teacher_forcing import Forcing
+from modulation.checkpoints import Checkpoint
+from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
+from modulation.masks import Mask
+from modulation.modulator import Modulator
+from modulation.tuning.aims import Aims
+from modulation.tuning.factors import FactorShape
+from modulation.tuning.meta import Learned, OnStep, adapt, learn
+from modulation.tuning.objective import Objective
+from modulation.tuning.settings import TuningSettings
+from modulation.tuning.tasks import tasks_from
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """What is asked for. `seed` is that of the prompts' order and of the thresholds they are learned at."""
+
+    settings: TuningSettings
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdaptationRun:
+    """A few inner steps on the prompts of a new attack family, from the factors of a tuned mask."""
+
+    settings: TuningSettings
+    num_steps: int = 3
+    rate: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The mask with its learned factors, and how the learning went."""
+
+    mask: Mask
+    learned: Learned = field(repr=False)
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: AttributionData,
+    validation: AttributionData | None,
+    mask: Mask,
+    run: TuningRun,
+    *,
+    checkpoint_path: Path | None = None,
+    on_step: OnStep = lambda _step, _total, _loss, _validation: None,
+) -> Tuned:
+    """Learn the factors of the mask's neurons, from factors of 1. `validation` decides when to stop.
+
+    The caller removes the checkpoint once the result is safe.
+
+    Raises:
+        DataError: data that cannot be learned from.
+        CheckpointError: a checkpoint that is damaged or of another run.
+    """
+    objective, forcing = _objective(model, tokenizer, mask, run.settings)
+    key = _key(mask, data, validation, run, str(model.device), str(model.dtype))
+    learned = learn(
+        objective,
+        tasks_from(data, forcing, needs_families=run.settings.method == "maml"),
+        tasks_from(validation, forcing, needs_families=False) if validation else None,
+        torch.zeros(objective.shape.num_parameters),
+        seed=run.seed,
+        checkpoint=Checkpoint(checkpoint_path, key) if checkpoint_path else None,
+        on_step=on_step,
+    )
+    digests = {"tuning": digest(data)} | ({"tuning_validation": digest(validation)} if validation else {})
+    record = {
+        "settings": run.settings.model_dump(),
+        "num_steps": learned.num_steps,
+        "families": list(data.attacked),
+        "validation_families": list(validation.attacked) if validation else [],
+        "history": learned.history,
+    }
+    made = _with_factors(mask, objective.shape, learned.parameters, "tuning", record, digests, run.seed)
+    return Tuned(_with_anchors(made, objective.aims), learned)
+
+
+def adapt_mask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: AttributionData,
+    mask: Mask,
+    run: AdaptationRun,
+) -> Mask:
+    """The mask after `run.num_steps` inner steps on these prompts; its levels stay. Raises DataError."""
+    objective, forcing = _objective(model, tokenizer, mask, run.settings)
+    adapted = adapt(
+        objective,
+        tasks_from(data, forcing, needs_families=False),
+        objective.shape.parameters_of(mask),
+        seed=run.seed,
+        num_steps=run.num_steps,
+        rate=run.rate,
+    )
+    record = {"families": list(data.attacked), "num_steps": run.num_steps, "rate": run.rate}
+    # What was measured of the mask does not hold for other factors.
+    unmeasured = replace(mask, metadata=mask.metadata.model_copy(update={"evaluation": {}}))
+    return _with_factors(
+        unmeasured, objective.shape, adapted, "adaptation", record, {"adaptation": digest(data)}, run.seed
+    )
+
+
+def _objective(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, mask: Mask, settings: TuningSettings
+) -> tuple[Objective, Forcing]:
+    shape = FactorShape(len(mask.safety), len(mask.utility), settings.group_size, settings.bound)
+    aims = Aims(Threshold(len(mask.safety), len(mask.utility)), settings)
+    return Objective(Modulator(model, mask), shape, aims, settings), Forcing(model, tokenizer)
+
+
+def _with_factors(
+    mask: Mask,
+    shape: FactorShape,
+    parameters: torch.Tensor,
+    name: str,
+    record: Mapping[str, Any],
+    digests: Mapping[str, str],
+    seed: int,
+) -> Mask:
+    safety, utility = shape.neuron_sets(parameters, mask)
+    metadata = mask.metadata.model_copy(
+        update={
+            "method": {**mask.metadata.method, name: dict(record)},
+            "data_digests": {**mask.metadata.data_digests, **digests},
+            "seeds": {**mask.metadata.seeds, name: seed},
+        }
+    )
+    return replace(mask, safety=safety, utility=utility, metadata=metadata)
+
+
+def _with_anchors(mask: Mask, aims: Aims) -> Mask:
+    """Levels to begin with: the anchors. `neurontune levels` chooses better ones by measurement."""
+    names = (SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY)
+    levels = {n: (t.num_safety, t.num_utility) for n, t in zip(names, aims.anchors, strict=True)}
+    return replace(mask, metadata=mask.metadata.model_copy(update={"levels": levels}))
+
+
+def _key(
+    mask: Mask,
+    data: AttributionData,
+    validation: AttributionData | None,
+    run: TuningRun,
+    device: str,
+    dtype: str,
+) -> str:
+    """Of everything that the result depends on, to the last bit."""
+    neurons = np.concatenate([mask.safety.neurons, mask.utility.neurons]).tobytes()
+    parts = {
+        "neurons": hashlib.sha256(neurons).hexdigest(),
+        "num_safety": len(mask.safety),
+        "model": mask.metadata.model_fingerprint,
+        "data": digest(data),
+        "validation": digest(validation) if validation else None,
+        "settings": run.settings.model_dump(),
+        "seed": run.seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

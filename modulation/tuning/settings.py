@@ -1,0 +1,69 @@
+"""What a tuning run can be told, with defaults and bounds. docs/tuning.md explains each.
+
+Knows names and numbers. Knows nothing of models or of how they are used.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modulation.errors import DataError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TuningSettings(BaseModel):
+    """Defaults were chosen on validation families of the demo model's `tune` split (docs/method.md)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["maml", "erm"] = "maml"
+    second_order: bool = False
+    inner_steps: int = Field(1, ge=1, le=10)
+    inner_rate: Positive = 0.3
+    support_size: int = Field(24, ge=4)
+    num_steps: int = Field(160, ge=1)
+    batch_size: int = Field(64, ge=8)
+    rate: Positive = 0.1
+    bound: float = Field(16.0, gt=1, le=1e4, allow_inf_nan=False)
+    group_size: int = Field(1, ge=1)
+    validate_every: int = Field(20, ge=1)
+    patience: int = Field(4, ge=1)
+    validation_size: int = Field(48, ge=1)
+
+    attacked_margin: float = 5.0
+    harmful_margin: float = 5.0
+    borderline_margin: float = 3.0
+    benign_margin: float = 4.0
+
+    attacked_weight: Weight = 1.5
+    attacked_weight_low: Weight = 0.3
+    borderline_weight: Weight = 1.0
+    borderline_weight_low: Weight = 1.5
+    harmful_weight: Weight = 0.5
+    benign_weight: Weight = 0.5
+    likelihood_weight: Weight = 0.2
+    divergence_weight: Weight = 0.2
+    shrinkage: Weight = 0.002
+
+    @classmethod
+    def parse(cls, given: Sequence[str]) -> Self:
+        """The defaults with `given` ("key=value") in their place; DataError names what does not fit."""
+        values: dict[str, str] = {}
+        for each in given:
+            name, separator, text = each.partition("=")
+            if not separator:
+                raise DataError(f"Option {each!r} has no '='; options are written key=value.")
+            if name in values:
+                raise DataError(f"Option {name!r} is given twice.")
+            if name not in cls.model_fields:
+                raise DataError(f"Option {name!r} is unknown; accepted: {', '.join(cls.model_fields)}.")
+            values[name] = text
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise DataError(f"Option {name}={values[name]!r}: {first['msg']}.") from error
