@@ -32,7 +32,9 @@ def margin_screen(
     """A guess from the margins of `data`: attacked prompts below 0 are complied with, borderline and benign
     ones above 0 are refused.
 
-    What acts on some tokens of a pass alone is not guessed rightly: prompt and answer are one pass here.
+    A prompt costs two passes, so a sample of the validation records will do where answers are short; draw it
+    at random, since every n-th record may leave out whole topics. What acts on some tokens of a pass alone
+    is not guessed rightly: prompt and answer are one pass here.
     Raises DataError for missing attacked, benign or borderline prompts.
     """
     data.require("attacked", "benign", "borderline")

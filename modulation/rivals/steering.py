@@ -24,7 +24,8 @@ from modulation.errors import DataError, ModulationError
 from modulation.rivals.passing import check_layer, passing_through
 from modulation.sites import find_layers
 
-STRENGTHS: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+# Fine below 0.5: there, on the demo model, lies what refuses attacks and not yet everything.
+STRENGTHS: Final = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
