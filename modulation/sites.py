@@ -1,4 +1,5 @@
-"""Where a model family keeps its MLP neurons: the input of each layer's MLP output projection.
+"""Where a model family keeps its layers and its MLP neurons: the input of each layer's MLP output
+projection.
 
 Knows module paths of model families. Knows nothing of masks or of what is done at a site.
 """
@@ -61,6 +62,35 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     Raises:
         UnsupportedModelError: a family that is not in the table, or a mixture of experts.
     """
+    layers_path, projection_path = _paths(model)
+    return [
+        _site(index, f"{layers_path}.{index}.{projection_path}", layer.get_submodule(projection_path))
+        for index, layer in enumerate(find_layers(model))
+    ]
+
+
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of `model`, one a site and in the sites' order: each gives the residual stream after it,
+    a tensor (..., tokens, hidden), alone or as the first of a tuple.
+
+    Raises as `find_sites` does.
+    """
+    layers_path, projection_path = _paths(model)
+    try:
+        layers = list(model.get_submodule(layers_path).children())
+        for layer in layers:
+            layer.get_submodule(projection_path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"Model class {type(model).__name__} of family {model.config.model_type!r} has no module "
+            f"{layers_path}.*.{projection_path} ({error}): load it as a causal language model."
+        ) from error
+    if not layers:
+        raise UnsupportedModelError(f"Model class {type(model).__name__} has no layers at {layers_path}.")
+    return layers
+
+
+def _paths(model: PreTrainedModel) -> tuple[str, str]:
     family = str(model.config.model_type)
     supported = f"Supported model families: {', '.join(SUPPORTED_FAMILIES)}."
     for field in _EXPERT_COUNTS:
@@ -74,25 +104,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
         raise UnsupportedModelError(
             f"Model family {family!r} is not known: nothing says where its MLP neurons are. {supported}"
         )
-    layers_path, projection_path = _OUTPUT_PROJECTION[family]
-    try:
-        layers = model.get_submodule(layers_path)
-        sites = [
-            _site(
-                index,
-                f"{layers_path}.{index}.{projection_path}",
-                layer.get_submodule(projection_path),
-            )
-            for index, layer in enumerate(layers.children())
-        ]
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"Model class {type(model).__name__} of family {family!r} has no module "
-            f"{layers_path}.*.{projection_path} ({error}): load it as a causal language model."
-        ) from error
-    if not sites:
-        raise UnsupportedModelError(f"Model class {type(model).__name__} has no layers at {layers_path}.")
-    return sites
+    return _OUTPUT_PROJECTION[family]
 
 
 def input_dimension(module: nn.Module) -> int:

@@ -88,6 +88,11 @@ def test_modulation_knows_no_server() -> None:
     assert not offenders("modulation", "server", "fastapi", "starlette", "uvicorn", "vllm")
 
 
+def test_rivals_know_no_masks_and_no_demo() -> None:
+    masks = ("modulation.masks", "modulation.modulator", "modulation.levels", "modulation.demo")
+    assert not offenders("modulation.rivals", *masks)
+
+
 @pytest.mark.parametrize("module", ["modulation.levels", "modulation.errors", "server.engines.base"])
 def test_levels_errors_and_the_contract_reach_no_torch(module: str) -> None:
     assert not {"torch", "transformers", "numpy", "safetensors"} & reached(module)
