@@ -1,7 +1,7 @@
 """What a command was told to open: a model by its name, where it runs, and the mask made for it.
 
 Knows that `demo` is the shipped model and has a mask. Knows nothing of what they are opened for. Imports
-torch when a model is opened.
+what is heavy when something is opened.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from modulation.demo import DEMO, MASK_FILE, MODEL_DIR
 from modulation.errors import DataError
-from modulation.masks import Mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from modulation.loading import Resolved
+    from modulation.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ def open_model(model: str, device: str, dtype: str) -> Opened:
     return Opened(load_model(folder, device=on.value, dtype=kept_as.value), tokenizer, on, kept_as)
 
 
-def open_mask(model: str, mask: Path | None) -> Mask:
+def open_mask(model: str, mask: Path | None) -> "Mask":
     """The mask in a file; left out, the shipped one of the demo model. Raises DataError or MaskError."""
     if mask is None and model != DEMO:
         raise DataError(
             f"--mask is missing: model {model!r} has no shipped mask. Name the file of a mask made for it."
         )
+    from modulation.masks import Mask
+
     return Mask.load(mask or MASK_FILE)
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from tqdm import tqdm
@@ -37,8 +37,10 @@ from modulation.evaluation.report import figures_table
 from modulation.evaluation.run import Evaluation, evaluate_levels
 from modulation.evaluation.sources import Source, behind_url, in_process
 from modulation.flags import Device, Dtype, command_line, parse_levels, refuse_unwritable
-from modulation.masks import Mask
 from modulation.opening import open_mask
+
+if TYPE_CHECKING:
+    from modulation.masks import Mask
 
 INTERRUPTED: Final = 130
 
@@ -184,7 +186,7 @@ def _evaluated(
 def _page(
     found: Mapping[str, Figures],
     run: dict[str, str],
-    mask: Mask | None,
+    mask: "Mask | None",
     evaluation: Evaluation,
     kept: AnswerFile,
 ) -> str:

@@ -20,13 +20,14 @@ def example_records(records: Sequence[Record], limit: int = MAX_EXAMPLES) -> lis
         [r for r in records if r.kind == "borderline"],
         [r for r in records if r.kind == "benign"],
     ]
-    present = [group for group in groups if group]
-    share = -(-limit // max(1, len(present)))
-    in_turn = chain.from_iterable(zip_longest(*(_spread(group, share) for group in present)))
-    return [record for record in in_turn if record is not None][:limit]
+    shares = [0] * len(groups)
+    while sum(shares) < min(limit, sum(map(len, groups))):
+        poorest = min((n for n, group in enumerate(groups) if shares[n] < len(group)), key=shares.__getitem__)
+        shares[poorest] += 1
+    in_turn = chain.from_iterable(zip_longest(*map(_spread, groups, shares)))
+    return [record for record in in_turn if record is not None]
 
 
 def _spread(group: Sequence[Record], number: int) -> list[Record]:
-    """`number` of them at even distances, or all where there are fewer."""
-    number = min(number, len(group))
+    """`number` of them, at even distances."""
     return [group[index * len(group) // number] for index in range(number)]

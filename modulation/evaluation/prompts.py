@@ -34,7 +34,8 @@ def read_prompts(data: Path, kind: str | None, attacks: str, seed: int) -> Promp
     wrapped = attacked(dataset.records, families, seed)
     if families and not wrapped:
         raise DataError(f"--attacks {attacks}: {data} holds no plain harmful prompt to wrap.")
-    inside = f"; {len(wrapped)} more inside {len(families)} attack families" if families else ""
+    what = "attack family" if len(families) == 1 else "attack families"
+    inside = f"; {len(wrapped)} more inside {len(families)} {what}" if families else ""
     others = other_kinds(dataset.format) if kind is None else ()
     hint = f"If it is the other file with these columns: --kind {' or '.join(others)}." if others else ""
     return Prompts([*dataset.records, *wrapped], f"{dataset}{inside}", hint)

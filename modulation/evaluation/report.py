@@ -12,17 +12,17 @@ HEADINGS = ("metric", "rate", "count", "95 % interval")
 FIGURE_HEADINGS = ("metric", "value", "counted from", "95 % interval")
 RATES = ("asr", "over_refusal", "benign_correct", "refusal_plain", "unjudged")
 
-Cells = tuple[str, str, str, str]
+Cells = tuple[str, ...]
 
 
 def table(rows: Iterable[tuple[str, Rate | None]]) -> str:
     """A Markdown table, one row a rate; a rate of None makes a row that only names a figure."""
-    return _aligned([HEADINGS, *(_cells(name, rate) for name, rate in rows)])
+    return aligned([HEADINGS, *(_cells(name, rate) for name, rate in rows)])
 
 
 def figures_table(figures: Figures) -> str:
     """A Markdown table of all figures of a level; attack families below the rate of them all."""
-    return _aligned([FIGURE_HEADINGS, *_rates(figures), *_text_quality(figures)])
+    return aligned([FIGURE_HEADINGS, *_rates(figures), *_text_quality(figures)])
 
 
 def answer_table(prompts: Sequence[str], columns: Mapping[str, Sequence[str]]) -> str:
@@ -76,8 +76,8 @@ def _cells(name: str, rate: Rate | None) -> Cells:
     return name, percent(rate["rate"]), f"{rate['count']}/{rate['total']}", interval
 
 
-def _aligned(rows: Sequence[Cells]) -> str:
-    """The rows as Markdown, the first one as the heading, columns of one width."""
+def aligned(rows: Sequence[Cells]) -> str:
+    """The rows as a Markdown table, the first one as the heading, columns of one width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     heading, *lines = (_line(row, widths) for row in rows)

@@ -12,7 +12,7 @@ from modulation.evaluation.answer_file import AnswerFile
 from modulation.evaluation.pruning import pruned
 from modulation.evaluation.quality import Figures
 from modulation.evaluation.rankings import Pruning
-from modulation.evaluation.report import percent, rate_of
+from modulation.evaluation.report import aligned, percent, rate_of
 from modulation.evaluation.run import Evaluation, evaluate_levels
 
 
@@ -70,11 +70,9 @@ def pruning_table(points: Sequence[PrunedFigures], metric: str) -> str:
         rate = rate_of(point["figures"], metric)
         shown = f"{percent(rate['rate'])} ({rate['count']}/{rate['total']})" if rate else "-"
         cells[point["level"], point["pruned"], point["num_pruned"]] = shown
-    lines = [
-        "| neurons pruned | " + " | ".join(f"`{level}`, {name}" for level, name in columns) + " |",
-        "|---|" + "---|" * len(columns),
+    heading = ("neurons pruned", *(f"`{level}`, {name}" for level, name in columns))
+    rows = [
+        (str(count), *(cells.get((*column, count), "-") for column in columns))
+        for count in sorted({point["num_pruned"] for point in points})
     ]
-    for count in sorted({point["num_pruned"] for point in points}):
-        row = [cells.get((*column, count), "-") for column in columns]
-        lines.append(f"| {count} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return aligned([heading, *rows])

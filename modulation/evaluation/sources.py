@@ -13,11 +13,12 @@ from modulation.evaluation.quality import Figures, text_quality
 from modulation.evaluation.remote import Endpoint, Reply, ask, listed_levels, user
 from modulation.evaluation.run import AnswerAt, Measure, OnAnswer
 from modulation.levels import SafetyLevels
-from modulation.masks import Mask
 from modulation.opening import Opened, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from modulation.masks import Mask
 
 SERVER_DEFAULT: Final = "default"
 
@@ -36,7 +37,7 @@ class Source:
 
 def in_process(
     model: str,
-    mask: Mask,
+    mask: "Mask",
     levels: Sequence[str],
     *,
     device: str,
@@ -63,7 +64,7 @@ def in_process(
 
 
 def _modulated(
-    opened: Opened, mask: Mask, batch_size: int, max_new_tokens: int
+    opened: Opened, mask: "Mask", batch_size: int, max_new_tokens: int
 ) -> tuple[AnswerAt, Sequence[Measure]]:
     from modulation.evaluation.levels import answering_in_process, perplexity_in_process
     from modulation.modulator import Modulator

@@ -14,8 +14,8 @@ from modulation.evaluation.commands import evaluate
 from modulation.evaluation.datasets import FORMATS
 from modulation.evaluation.flags import KEY_VARIABLE
 from modulation.evaluation.judges import REFUSAL_WINDOW
-from modulation.evaluation.metrics import Metrics
 from modulation.evaluation.model_judge import SLOTS, VERDICTS, read_verdict
+from modulation.evaluation.quality import Figures
 from modulation.evaluation.remote import Endpoint
 from server.cli import app
 from tests.evaluation.test_model_judge import BENIGN
@@ -52,7 +52,7 @@ def test_every_flag_is_there_with_its_default() -> None:
     }.items():
         assert documented[flag] == (f"{value:g}" if isinstance(value, float) else str(value),)
     for name, parameter in inspect.signature(evaluate).parameters.items():
-        flag = "--json" if name == "json_out" else f"--{name.replace('_', '-')}"
+        flag = {"json_out": "--json", "html_out": "--html"}.get(name, f"--{name.replace('_', '-')}")
         if parameter.default not in (None, "", inspect.Parameter.empty):
             assert documented[flag] == (str(parameter.default),)
 
@@ -69,7 +69,7 @@ def test_every_attack_family_is_there() -> None:
 
 
 def test_every_metric_is_there() -> None:
-    assert {names(name)[0] for name, _ in rows("Metrics")} >= set(Metrics.__annotations__)
+    assert {names(name)[0] for name, _ in rows("Metrics")} == set(Figures.__annotations__)
 
 
 def test_judges_and_the_answers_file_are_as_described() -> None:
@@ -89,3 +89,11 @@ def test_the_json_example_has_the_shape_that_is_written() -> None:
     assert set(metrics["asr"]) == set(metrics["asr_by_family"]["json"]) == {
         *("rate", "count", "total", "low", "high")
     }  # fmt: skip
+
+
+def test_every_flag_of_robustness_is_there() -> None:
+    shown = CliRunner().invoke(app, ["robustness", "--help"], terminal_width=200).output
+    table = (Path(__file__).parent.parent.parent / "docs" / "report.md").read_text()
+    documented = {flag for line in table.splitlines() if line.startswith("| `--") for flag in names(line)}
+    flags = set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    assert flags == {each for each in documented if each.startswith("--")}

@@ -50,7 +50,7 @@ def test_a_run_writes_figures_page_and_answers_and_a_second_one_writes_the_same(
     facts = dict(zip(page.text_of("dt"), page.text_of("dd"), strict=True))
     assert facts["mask"] == hashlib.sha256(MASK_FILE.read_bytes()).hexdigest()
     assert facts["data"] == f"p.jsonl, SHA-256 {hashlib.sha256(data.read_bytes()).hexdigest()}"
-    assert facts["judge"] == "rule" and "2 more inside 1 attack families" in facts["prompts"]
+    assert facts["judge"] == "rule" and "2 more inside 1 attack family" in facts["prompts"]
     assert facts["command"].startswith("neurontune evaluate --data ") and "--attacks json" in facts["command"]
     assert "torch" in facts["versions"] and re.fullmatch(r"20\d\d-\d\d-\d\d", facts["date"])
     assert {**facts, "date": ""} == {**written["run"], "date": ""}

@@ -57,10 +57,10 @@ def test_every_level_ranking_and_count_is_measured_with_its_neurons_pruned() -> 
     perplexities = {point["figures"]["perplexity"]["perplexity"] for point in points}
     assert len(perplexities) == len(points) - 2  # nothing pruned is the same under both prunings
     table = pruning_table(points, "asr").splitlines()
-    assert table[0] == (
-        "| neurons pruned | `off`, safety | `off`, random 0 "
-        "| `security-critical`, safety | `security-critical`, random 0 |"
-    )
+    assert [cell.strip() for cell in table[0].strip("|").split("|")] == [
+        *("neurons pruned", "`off`, safety", "`off`, random 0"),
+        *("`security-critical`, safety", "`security-critical`, random 0"),
+    ]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["0", "4", "12"]
     assert [line.count("(3/3)") for line in table[2:]] == [4, 2, 4]
 
