@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
+from modulation.evaluation.answer_file import data_digest
 from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
-from modulation.evaluation.answer_file import data_digest
 from modulation.levels import OFF
 from modulation.masks import Mask
 from modulation.modulator import Modulator
