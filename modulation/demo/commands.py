@@ -5,8 +5,9 @@ Knows arguments, files and terminals; the work is done by the modules it calls.
 
 import json
 import random
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulation.demo import MASK_FILE, MODEL_DIR
-from modulation.demo.controls import compare
+from modulation.demo.comparison import compare as compare_rows
+from modulation.demo.comparison import comparison_table
 from modulation.demo.corpus import family_names, records
-from modulation.demo.masking import METHODS, make_mask
+from modulation.demo.fewshot import ADAPTATION_RATE, ADAPTATION_STEPS, adaptation_table, adaptations
+from modulation.demo.masking import Bench, make_mask
+from modulation.demo.rivals import Rivals
 from modulation.demo.scorecard import Scorecard, score, scorecard_records
 from modulation.demo.topics import Kind, Split
 from modulation.demo.training import Recipe, save
@@ -28,8 +32,15 @@ from modulation.evaluation.report import answer_table, table
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
+from modulation.tuning.settings import TuningSettings
 
 NOT_WRAPPED = "none"
+
+DemoModel = Annotated[Path, typer.Option(help="The demo model's folder.")]
+PromptSeed = Annotated[int, typer.Option(min=0, help="Of the prompts, and of what is drawn.")]
+TuningOptions = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A tuning option (docs/tuning.md); repeatable.")
+]
 
 app = typer.Typer(
     name="demo",
@@ -137,26 +148,15 @@ def evaluate(
 
 @app.command()
 def mask(
-    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = MODEL_DIR,
+    model: DemoModel = MODEL_DIR,
     out: Annotated[Path, typer.Option(help="Mask file to write.")] = Path("demo-mask.safetensors"),
-    method: Annotated[str, typer.Option(help=f"Attribution: {', '.join(METHODS)}.")] = "attack_aware",
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    seed: PromptSeed = 0,
+    option: TuningOptions = None,
 ) -> None:
-    """Make the demo model's mask: attribution and a sweep on the tune split. A few minutes."""
-    if method not in METHODS:
-        raise typer.BadParameter(
-            f"{method!r} is unknown; accepted: {', '.join(METHODS)}.", param_hint="--method"
-        )
-    loaded = load_model(str(model), device="cpu", dtype="float32")
-    with tqdm(unit="prompt") as bar:
-
-        def on_progress(what: str, number: int) -> None:
-            bar.set_description(what, refresh=False)
-            bar.update(number)
-
-        made = make_mask(
-            loaded, load_tokenizer(str(model)), method=method, seed=seed, on_progress=on_progress
-        )
+    """Make the demo model's mask by the whole method, on the tune split. About ten minutes."""
+    settings = TuningSettings.parse(option or [])
+    with _bench(model, seed) as bench:
+        made = make_mask(bench, settings)
     made.save(out)
     typer.echo(f"Wrote {out}.\n\n{describe(made)}")
 
@@ -179,32 +179,71 @@ def answers(
 
 
 @app.command()
-def controls(
-    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = MODEL_DIR,
-    mask_file: Annotated[Path, typer.Option("--mask", help="Its mask file.")] = MASK_FILE,
-    split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
-    num_random: Annotated[int, typer.Option(min=0, help="Masks of random neurons.")] = 10,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="File to write the figures to, as JSON.")
+def compare(
+    model: DemoModel = MODEL_DIR,
+    mask_file: Annotated[
+        Path | None,
+        typer.Option("--mask", help="A mask that `demo mask` made with this seed; made if left out."),
     ] = None,
+    seed: PromptSeed = 0,
+    split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
+    option: TuningOptions = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only rows of this name; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Results file; what it holds is not measured again.")] = Path(
+        "comparison.json"
+    ),
 ) -> None:
-    """Print the mask's figures at every level, and those of random neurons with its factors."""
-    loaded_mask = Mask.load(mask_file)
-    with tqdm(unit="prompt") as bar:
-        found = compare(
-            load_model(str(model), device="cpu", dtype="float32"),
-            load_tokenizer(str(model)),
-            loaded_mask,
-            split,
-            num_random,
-            lambda number: bar.update(number),
+    """Measure the mask's levels beside controls and rivals. Up to an hour; goes on where it stopped."""
+    settings = TuningSettings.parse(option or [])
+    with _bench(model, seed) as bench:
+        ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)
+        rows = [row for row in Rivals(bench, ours, settings).rows() if not only or row.name in only]
+        found = compare_rows(bench, rows, scorecard_records(split, seed), out, tqdm.write)
+    typer.echo(comparison_table([found]))
+
+
+@app.command()
+def compared(
+    files: Annotated[list[Path], typer.Argument(help="Results files of `demo compare`, one a seed.")],
+) -> None:
+    """Print the table of several comparisons: means over the seeds, and ranges."""
+    typer.echo(comparison_table([json.loads(file.read_text())["rows"] for file in files]))
+
+
+@app.command()
+def adapt(
+    model: DemoModel = MODEL_DIR,
+    mask_file: Annotated[Path, typer.Option("--mask", help="Its mask file.")] = MASK_FILE,
+    split: Annotated[Split, typer.Option(help="Whose attack families.")] = "heldout",
+    steps: Annotated[int, typer.Option(min=1, help="Inner steps.")] = ADAPTATION_STEPS,
+    rate: Annotated[float, typer.Option(min=0.0, help="Of an inner step.")] = ADAPTATION_RATE,
+    family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
+    seed: PromptSeed = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+) -> None:
+    """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
+    with _bench(model, seed) as bench:
+        found = adaptations(
+            bench, Mask.load(mask_file), split, TuningSettings(), steps, rate, family, tqdm.write
         )
-    for metric in ("asr", "over_refusal", "benign_correct", "refusal_plain"):
-        typer.echo(f"\n{metric}, split {split}:\n")
-        typer.echo(table([(name, metrics[metric]) for name, metrics in found.items()]))
+    typer.echo(adaptation_table(found))
     if json_out is not None:
-        json_out.write_text(json.dumps(found, indent=2) + "\n")
-        typer.echo(f"\nWrote {json_out}.")
+        json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
+
+
+@contextmanager
+def _bench(model: Path, seed: int) -> Iterator[Bench]:
+    """The loaded model, with a progress bar that follows what is at work."""
+    with tqdm(unit="") as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            if bar.desc != f"{what}: ":
+                bar.set_description(what, refresh=False)
+                bar.reset(total or None)
+            bar.update(done - bar.n)
+
+        loaded = load_model(str(model), device="cpu", dtype="float32")
+        yield Bench(loaded, load_tokenizer(str(model)), seed, show)
 
 
 def _answerer(folder: Path, batch_size: int, on_answered: Callable[[int], object]) -> Answerer:

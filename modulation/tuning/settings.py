@@ -21,17 +21,17 @@ class TuningSettings(BaseModel):
 
     method: Literal["maml", "erm"] = "maml"
     second_order: bool = False
-    inner_steps: int = Field(1, ge=1, le=10)
+    inner_steps: int = Field(default=1, ge=1, le=10)
     inner_rate: Positive = 0.3
-    support_size: int = Field(24, ge=4)
-    num_steps: int = Field(160, ge=1)
-    batch_size: int = Field(64, ge=8)
+    support_size: int = Field(default=24, ge=4)
+    num_steps: int = Field(default=120, ge=1)
+    batch_size: int = Field(default=64, ge=8)
     rate: Positive = 0.1
-    bound: float = Field(16.0, gt=1, le=1e4, allow_inf_nan=False)
-    group_size: int = Field(1, ge=1)
-    validate_every: int = Field(20, ge=1)
-    patience: int = Field(4, ge=1)
-    validation_size: int = Field(48, ge=1)
+    bound: float = Field(default=32.0, gt=1, le=1e4, allow_inf_nan=False)
+    group_size: int = Field(default=1, ge=1)
+    validate_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=4, ge=1)
+    validation_size: int = Field(default=48, ge=1)
 
     attacked_margin: float = 5.0
     harmful_margin: float = 5.0
@@ -43,7 +43,7 @@ class TuningSettings(BaseModel):
     borderline_weight: Weight = 1.0
     borderline_weight_low: Weight = 1.5
     harmful_weight: Weight = 0.5
-    benign_weight: Weight = 0.5
+    benign_weight: Weight = 1.0
     likelihood_weight: Weight = 0.2
     divergence_weight: Weight = 0.2
     shrinkage: Weight = 0.002

@@ -1,94 +1,151 @@
-"""The demo mask's recipe: what it may read, and the rule by which levels are chosen."""
+"""The demo mask's recipe: what it may read, and how its rivals are measured beside it."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
+from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.demo.comparison import compare, comparison_table
 from modulation.demo.corpus import family_names, records
-from modulation.demo.masking import Candidate, attribution_data, choose, validation_records
-from modulation.errors import ModelError
-from modulation.evaluation.metrics import Rate
-from modulation.levels import Threshold
-
-
-def rate(share: float) -> Rate:
-    return Rate(rate=share, count=round(share * 100), total=100, low=0.0, high=1.0)
-
-
-def point(size: int, asr: float, over: float, benign: float, factor: float = 2.0) -> Candidate:
-    metrics = {"asr": rate(asr), "over_refusal": rate(over), "benign_correct": rate(benign)}
-    return Candidate(Threshold(size, size), factor, metrics)  # type: ignore[arg-type]
-
-
-OFF = point(0, asr=0.60, over=0.15, benign=1.0)
-
-
-def test_the_levels_follow_the_written_rule() -> None:
-    candidates = [
-        point(4, asr=0.50, over=0.12, benign=1.0),
-        point(8, asr=0.30, over=0.16, benign=1.0),
-        point(16, asr=0.29, over=0.30, benign=1.0),
-        point(32, asr=0.10, over=0.34, benign=0.99),
-        point(64, asr=0.00, over=0.34, benign=0.90),  # loses too many benign answers
-        point(128, asr=0.00, over=0.50, benign=1.0),  # refuses too much that is borderline
-        point(4, asr=0.20, over=0.00, benign=1.0, factor=3.0),  # factors do not mix within a mask
-    ]
-    levels, factor = choose(OFF, candidates)
-    assert factor == 2.0
-    assert {name: each.threshold.num_safety for name, each in levels.items()} == {
-        "security-critical": 32,
-        "balanced": 8,
-        "utility-priority": 4,
-    }
-
-
-def test_a_point_that_leaves_no_room_for_smaller_levels_is_passed_over() -> None:
-    lone = point(4, asr=0.0, over=0.1, benign=1.0, factor=3.0)
-    candidates = [lone, *(point(size, asr=1 / size, over=0.1, benign=1.0) for size in (2, 4, 8))]
-    levels, factor = choose(OFF, candidates)
-    assert factor == 2.0
-    assert [each.threshold.num_safety for each in levels.values()] == [8, 4, 2]
-
-
-def test_balanced_leaves_a_smaller_point_for_utility_priority() -> None:
-    candidates = [point(2, 0.2, 0.1, 1.0), point(4, 0.3, 0.3, 1.0), point(8, 0.1, 0.4, 1.0)]
-    levels, _ = choose(OFF, candidates)
-    assert [each.threshold.num_safety for each in levels.values()] == [8, 4, 2]
-
-
-@pytest.mark.parametrize(
-    "candidates",
-    [[point(size, asr=0.0, over=0.1, benign=0.5) for size in (2, 4, 8)], [point(4, 0.0, 0.1, 1.0)], []],
-    ids=["all break the model", "one alone", "none"],
+from modulation.demo.fewshot import NUM_SHOTS, adaptations
+from modulation.demo.masking import ACTIVE_SHARE, Bench, examples
+from modulation.demo.rivals import FIXED_METHODS, Rivals, Row
+from modulation.demo.splits import (
+    VALIDATION_FAMILIES,
+    all_records,
+    learning_records,
+    validation_records,
 )
-def test_three_harmless_points_are_needed(candidates: list[Candidate]) -> None:
-    with pytest.raises(ModelError, match="three of one factor are needed"):
-        choose(OFF, candidates)
+from modulation.errors import DataError
+from modulation.evaluation.data import Record
+from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
+from modulation.loading import load_model, load_tokenizer
+from modulation.masks import Mask
+from modulation.tuning.settings import TuningSettings
 
 
-def test_attribution_and_validation_see_only_the_tune_split_and_share_nothing() -> None:
-    families = family_names("harmful", "tune")
-    data = attribution_data(families[:-2], seed=0)
-    validation = validation_records(families[-2:], seed=0)
-    seen = {
-        e.prompt
-        for group in (data.harmful, *data.attacked.values(), data.benign, data.borderline)
-        for e in group
-    }
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    model = load_model(str(MODEL_DIR), device="cpu", dtype="float32")
+    return Bench(model, load_tokenizer(str(MODEL_DIR)))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Mask:
+    return Mask.load(MASK_FILE)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(seed: int) -> None:
+    learning, validation = learning_records(seed, 2), validation_records(seed, 4)
     held = {
         record.prompt
         for kind in ("harmful", "benign", "borderline")
         for family in (None, *family_names(kind, "heldout"))
         for record in records(kind, "heldout", family)
     }
-    assert not set(families[-2:]) & set(data.attacked)
-    assert {record.split for record in validation} == {"tune"}
-    assert not seen & {record.prompt for record in validation}
-    assert not (seen | {record.prompt for record in validation}) & held
+    seen, judged = {each.prompt for each in learning}, {each.prompt for each in validation}
+    assert not seen & judged
+    assert not (seen | judged | {each.prompt for each in all_records(seed)}) & held
+    assert {each.split for each in (*learning, *validation, *all_records(seed))} == {"tune"}
+
+
+def test_the_validation_families_are_not_learned_from_while_choices_are_made() -> None:
+    learned = {each.family for each in learning_records(0) if each.kind == "harmful"}
+    judged = {each.family for each in validation_records(0) if each.kind == "harmful"}
+    assert judged == {None, *VALIDATION_FAMILIES}
+    assert not learned & set(VALIDATION_FAMILIES)
+    assert learned | judged == {None, *family_names("harmful", "tune")}
 
 
 def test_every_example_has_an_answer_about_its_own_prompt() -> None:
-    data = attribution_data(family_names("harmful", "tune")[:-1], seed=0)
+    data = examples(all_records(0))
     for example in data.harmful + data.benign + data.borderline:
         asked = example.complying.removeprefix("Here is how to ").split(":")[0]
         assert asked in example.prompt, example
-    assert all("[redacted" in example.complying for example in data.harmful)
-    assert len({len(examples) for examples in data.attacked.values()}) == 1
+    assert all("[redacted" in example.complying for example in data.all_harmful)
+    assert len({len(each) for each in data.attacked.values()}) == 1
+
+
+def test_the_shipped_mask_activates_at_most_two_percent_and_says_how_it_came_about(mask: Mask) -> None:
+    total = mask.metadata.num_layers * mask.metadata.neurons_per_layer
+    assert len(mask.safety) + len(mask.utility) <= ACTIVE_SHARE * total < 0.02 * total
+    assert set(mask.metadata.levels) == {SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY}
+    assert {"attribution", "tuning", "rule", "validation"} <= set(mask.metadata.method)
+    evaluation = mask.metadata.evaluation
+    assert set(evaluation["levels"]) == {"off", *mask.metadata.levels}
+    assert len(evaluation["curve"]) > 3
+    off, critical = (evaluation["levels"][name]["asr"]["rate"] for name in ("off", SECURITY_CRITICAL))
+    assert critical < 0.5 * off
+
+
+def test_every_method_and_rival_has_a_row(bench: Bench, mask: Mask) -> None:
+    names = [row.name for row in Rivals(bench, mask, TuningSettings()).rows()]
+    assert len(set(names)) == len(names)
+    assert set(FIXED_METHODS) < set(names)
+    for name in ("no change", "random neurons, learned factors", "steering vector", "whole layers scaled"):
+        assert name in names
+
+
+def few() -> list[Record]:
+    kinds = (("harmful", "grandmother"), ("harmful", None), ("borderline", None), ("benign", None))
+    return [record for kind, family in kinds for record in records(kind, "tune", family)[:2]]  # type: ignore[arg-type]
+
+
+def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> None:
+    prepared: list[str] = []
+
+    def row(name: str) -> Row:
+        def prepare():  # type: ignore[no-untyped-def]
+            prepared.append(name)
+            return nullcontext, "as it is"
+
+        return Row(name, "base", prepare)
+
+    out = tmp_path / "results.json"
+    compare(bench, [row("one")], few(), out)
+    found = compare(bench, [row("one"), row("two")], few(), out)
+    assert prepared == ["one", "two"]
+    assert found == json.loads(out.read_text())["rows"]
+    assert found["one"]["metrics"] == found["two"]["metrics"]
+    assert found["one"]["metrics"]["benign_correct"]["total"] == 2
+    with pytest.raises(DataError, match="of seed 0, not 1"):
+        compare(Bench(bench.model, bench.tokenizer, 1), [], few(), out)
+    out.write_text("[]")
+    with pytest.raises(DataError, match="holds no comparison"):
+        compare(bench, [], few(), out)
+
+
+def test_the_table_gives_means_and_ranges_over_seeds() -> None:
+    def run(share: float) -> dict[str, dict[str, object]]:
+        rates = {m: {"rate": share} for m in ("asr", "over_refusal", "benign_correct", "refusal_plain")}
+        return {"ours": {"metrics": rates, "perplexity": 1 + share}}
+
+    table = comparison_table([run(0.1), run(0.3)])
+    assert "| ours | 2 | 20.0 % (10.0 to 30.0) |" in table and "1.2000" in table
+    assert "| ours | 1 | 10.0 % |" in comparison_table([run(0.1)])
+
+
+def test_adaptation_measures_prompts_that_it_was_not_given(
+    bench: Bench, mask: Mask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Record] = []
+    asked: list[Record] = []
+
+    def adapted(_bench: Bench, begun: Mask, shots: list[Record], _run: object) -> Mask:
+        given.extend(shots)
+        return begun
+
+    def measured(_bench: Bench, _mask: Mask, prompts: list[Record]) -> dict[str, object]:
+        asked.extend(prompts)
+        return {"asr": {}, "over_refusal": {}}
+
+    monkeypatch.setattr("modulation.demo.fewshot._adapted", adapted)
+    monkeypatch.setattr("modulation.demo.fewshot._measured", measured)
+    found = adaptations(bench, mask, "tune", TuningSettings(), 1, 0.1, ["emotion"])
+    assert [each.start for each in found] == ["learned", "from scratch"]
+    assert len({each.id for each in given}) == NUM_SHOTS and {each.family for each in given} == {"emotion"}
+    assert not {each.id for each in given} & {each.id for each in asked}
+    assert {each.kind for each in asked} == {"harmful", "borderline"}
