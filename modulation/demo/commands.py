@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare as compare_rows
-from modulation.demo.comparison import comparison_table
+from modulation.demo.comparison import comparison_table, read_results, save_plot
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import ADAPTATION_RATE, ADAPTATION_STEPS, adaptation_table, adaptations
 from modulation.demo.masking import Bench, make_mask
@@ -29,6 +29,7 @@ from modulation.demo.training import train as train_model
 from modulation.evaluation.answering import Answerer, transformers_answerer
 from modulation.evaluation.data import Record, write_records
 from modulation.evaluation.report import answer_table, table
+from modulation.flags import refuse_unwritable
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
@@ -152,12 +153,19 @@ def mask(
     out: Annotated[Path, typer.Option(help="Mask file to write.")] = Path("demo-mask.safetensors"),
     seed: PromptSeed = 0,
     option: TuningOptions = None,
+    trial_out: Annotated[
+        Path | None,
+        typer.Option(help="File for the mask that choices were made by."),
+    ] = None,
 ) -> None:
     """Make the demo model's mask by the whole method, on the tune split. About ten minutes."""
+    refuse_unwritable({"--out": out, "--trial-out": trial_out})
     settings = TuningSettings.parse(option or [])
     with _bench(model, seed) as bench:
-        made = make_mask(bench, settings)
+        made, trial = make_mask(bench, settings)
     made.save(out)
+    if trial_out is not None:
+        trial.save(trial_out)
     typer.echo(f"Wrote {out}.\n\n{describe(made)}")
 
 
@@ -196,7 +204,7 @@ def compare(
     """Measure the mask's levels beside controls and rivals. Up to an hour; goes on where it stopped."""
     settings = TuningSettings.parse(option or [])
     with _bench(model, seed) as bench:
-        ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)
+        ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0]
         rows = [row for row in Rivals(bench, ours, settings).rows() if not only or row.name in only]
         found = compare_rows(bench, rows, scorecard_records(split, seed), out, tqdm.write)
     typer.echo(comparison_table([found]))
@@ -205,9 +213,14 @@ def compare(
 @app.command()
 def compared(
     files: Annotated[list[Path], typer.Argument(help="Results files of `demo compare`, one a seed.")],
+    plot: Annotated[Path | None, typer.Option(help="File to draw it to (.svg or .png).")] = None,
 ) -> None:
     """Print the table of several comparisons: means over the seeds, and ranges."""
-    typer.echo(comparison_table([json.loads(file.read_text())["rows"] for file in files]))
+    refuse_unwritable({"--plot": plot})
+    runs = [read_results(file) for file in files]
+    typer.echo(comparison_table(runs))
+    if plot is not None:
+        save_plot(runs, plot)
 
 
 @app.command()

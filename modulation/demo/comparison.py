@@ -15,11 +15,18 @@ from modulation.demo.rivals import Row
 from modulation.errors import DataError
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
+from modulation.evaluation.html.svg import require_matplotlib
 from modulation.evaluation.metrics import evaluate_answers
 from modulation.evaluation.perplexity import perplexity
 from modulation.evaluation.report import percent
 
 METRICS: Final = ("asr", "over_refusal", "benign_correct", "refusal_plain")
+_LOOKS: Final = {
+    "base": ("#444444", "X"),
+    "ours": ("#0a6fb8", "o"),
+    "control": ("#b8860b", "s"),
+    "rival": ("#b03a2e", "^"),
+}
 Results = dict[str, dict[str, Any]]
 
 
@@ -46,7 +53,7 @@ def compare(
 
     Raises DataError for a file that is not one of these results, or of another seed.
     """
-    results = _read(out, bench.seed)
+    results = read_results(out, bench.seed) if out.exists() else {}
     for row in rows:
         if row.name not in results:
             on_row(row.name)
@@ -56,15 +63,16 @@ def compare(
     return results
 
 
-def _read(path: Path, seed: int) -> Results:
-    if not path.exists():
-        return {}
+def read_results(path: Path, seed: int | None = None) -> Results:
+    """The rows of a results file. Raises DataError for other contents, and for another seed."""
     try:
         found = json.loads(path.read_text())
         rows, of = dict(found["rows"]), found["seed"]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no comparison ({error}). Delete it or name another file.") from error
-    if of != seed:
+    if seed is not None and of != seed:
         raise DataError(f"{path} holds the comparison of seed {of}, not {seed}. Name another file.")
     return rows
 
@@ -87,3 +95,34 @@ def _cell(rates: Sequence[float]) -> str:
     if len(rates) == 1:
         return percent(rates[0])
     return f"{percent(mean(rates))} ({100 * min(rates):.1f} to {100 * max(rates):.1f})"
+
+
+def save_plot(runs: Sequence[Results], path: Path) -> None:
+    """Draw the table as a file: attack success against over-refusal, means over the seeds.
+
+    Raises NeuronTuneError without matplotlib.
+    """
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "neurontune", "svg.fonttype": "path", "font.size": 9.0}):
+        figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+        axes = figure.subplots()
+        for name in dict.fromkeys(name for run in runs for name in run):
+            found = [run[name] for run in runs if name in run]
+            x, y = (_mean(found, metric) for metric in ("over_refusal", "asr"))
+            colour, marker = _LOOKS[found[0]["kind"]]
+            axes.scatter(x, y, color=colour, marker=marker, s=42, zorder=3)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=7.5)
+        axes.set_xlabel("held-out borderline prompts refused, %")
+        axes.set_ylabel("held-out attacks that succeed, %")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 100)
+        axes.grid(linewidth=0.4, color="#dddddd")
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _mean(found: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """In per cent."""
+    return 100 * mean(each["metrics"][metric]["rate"] for each in found)

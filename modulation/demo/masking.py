@@ -86,14 +86,18 @@ class Bench:
         self.on_progress(what, done, total)
 
 
-def make_mask(bench: Bench, settings: TuningSettings | None = None) -> Mask:
+def make_mask(bench: Bench, settings: TuningSettings) -> tuple[Mask, Mask]:
     """Attribute, learn, choose the levels; then attribute and learn anew on all of `tune`.
 
-    Deterministic for a seed up to the rounding of the machine's arithmetic.
+    Returns the mask, and the trial: what choices were made with, to which the validation families are
+    still unseen. Deterministic for a seed up to the rounding of the machine's arithmetic.
     """
-    chosen = settings or TuningSettings()
+    trial = chosen_mask(bench, with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD)), settings)
+    return _redone(bench, settings, trial), trial
+
+
+def _redone(bench: Bench, settings: TuningSettings, trial: Mask) -> Mask:
     method = with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD))
-    trial = chosen_mask(bench, method, chosen)
     steps = int(trial.metadata.method["tuning"]["num_steps"])
     records = all_records(bench.seed)
     redone = bench.drafted(
@@ -104,7 +108,7 @@ def make_mask(bench: Bench, settings: TuningSettings | None = None) -> Mask:
     )
     final = bench.tuned(
         redone,
-        chosen.model_copy(update={"num_steps": max(1, steps)}),
+        settings.model_copy(update={"num_steps": max(1, steps)}),
         all_records(bench.seed, TUNING_PROMPTS_PER_TOPIC),
         judged=False,
     )
