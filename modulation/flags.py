@@ -6,6 +6,7 @@ Knows command lines. Knows nothing of what is done with them.
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import typer
@@ -16,10 +17,12 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    """Raise DataError for a file to be written that is a folder, whose folder is not there, or that two
-    flags name; `files` is by flag."""
-    seen: dict[Path, str] = {}
+def refuse_unwritable(
+    files: Mapping[str, Path | None], reads: Mapping[str, Path | None] = MappingProxyType({})
+) -> None:
+    """Raise DataError for a file to be written that is a folder, whose folder is not there, or that another
+    flag writes, or reads: what somebody wrote is never written over. Both are by flag."""
+    seen = {path.resolve(): flag for flag, path in reads.items() if path is not None}
     for flag, path in files.items():
         if path is None:
             continue
@@ -28,7 +31,7 @@ def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
         if path.is_dir():
             raise DataError(f"{flag} {path} is a folder; a file is needed.")
         if path.resolve() in seen:
-            raise DataError(f"{flag} {path} is what {seen[path.resolve()]} writes too; name another file.")
+            raise DataError(f"{flag} {path} is the file of {seen[path.resolve()]} too; name another one.")
         seen[path.resolve()] = flag
 
 

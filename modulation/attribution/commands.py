@@ -43,7 +43,7 @@ def attribute(
     from modulation.attribution.runs import attribute as attribute_data
     from modulation.evaluation.data import read_records
 
-    refuse_unwritable({"--out": out})
+    refuse_unwritable({"--out": out}, {"--data": data})
     options = parse_options(method, option or [], seed)
     records = read_records(data)
     opened = open_model(model, device, dtype)

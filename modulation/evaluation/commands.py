@@ -3,7 +3,6 @@
 Knows flags, files and terminals; the work is done by the modules it calls.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +28,7 @@ from modulation.evaluation.options import (
     MaxNewTokens,
     PromptKind,
 )
+from modulation.evaluation.outputs import refuse_outputs, write_outputs
 from modulation.evaluation.prompts import read_prompts
 from modulation.evaluation.provenance import dated, provenance
 from modulation.evaluation.quality import Figures
@@ -36,7 +36,7 @@ from modulation.evaluation.remote import refuse_unreachable
 from modulation.evaluation.report import figures_table
 from modulation.evaluation.run import Evaluation, evaluate_levels
 from modulation.evaluation.sources import Source, behind_url, in_process
-from modulation.flags import Device, Dtype, command_line, parse_levels, refuse_unwritable
+from modulation.flags import Device, Dtype, command_line, parse_levels
 from modulation.opening import open_mask
 
 if TYPE_CHECKING:
@@ -91,11 +91,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer a file of prompts at several safety levels and judge the answers."""
-    refuse_unwritable({"--json": json_out, "--html": html_out, "--answers-out": answers_out})
-    if html_out is not None:
-        from modulation.evaluation.html.svg import require_matplotlib
-
-        require_matplotlib()
+    reads = {"--data": data, "--mask": mask, "--judge-prompt": judge_prompt}
+    refuse_outputs(json_out, html_out, reads, {"--answers-out": answers_out})
     refuse_misfits(
         url,
         judge_url,
@@ -132,12 +129,8 @@ def evaluate(
     found, kept = _evaluated(evaluation, source, answers_out)
     for level, figures in found.items():
         typer.echo(f"\n{source.titles[level]}:\n\n{figures_table(figures)}")
-    if json_out is not None:
-        json_out.write_text(json.dumps({"run": run, "levels": found}, indent=2) + "\n")
-        typer.echo(f"\nWrote {json_out}.")
-    if html_out is not None:
-        html_out.write_text(_page(found, run, loaded_mask, evaluation, kept), encoding="utf-8")
-        typer.echo(f"\nWrote {html_out}.")
+    result = {"run": run, "levels": found}
+    write_outputs(json_out, result, html_out, lambda: _page(found, run, loaded_mask, evaluation, kept))
 
 
 def _judge(

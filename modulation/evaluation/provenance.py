@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from modulation.evaluation.answer_file import data_digest
 from modulation.evaluation.prompts import Prompts
 from modulation.evaluation.sources import Source
 
@@ -20,13 +21,20 @@ def provenance(data: Path, prompts: Prompts, source: Source, judge: str, command
     return {
         "model": str(source.run["model"]),
         "mask": str(source.run["mask"] or "not told by the server"),
-        "data": f"{data.name}, SHA-256 {hashlib.sha256(data.read_bytes()).hexdigest()}",
+        "data": _named(data, prompts),
         "prompts": prompts.told,
         "judge": judge,
         "answers": source.told,
         "command": command,
         "versions": versions(),
     }
+
+
+def _named(data: Path, prompts: Prompts) -> str:
+    """The file and its digest as `sha256sum` prints it; what is no file, a pipe, can be read only once."""
+    if not data.is_file():
+        return f"{data.name}, no file, digest of its prompts {data_digest(prompts.records)}"
+    return f"{data.name}, SHA-256 {hashlib.sha256(data.read_bytes()).hexdigest()}"
 
 
 def dated(run: dict[str, str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 Knows arguments, files and terminals; the work is done by the modules it calls.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,11 +21,12 @@ from modulation.evaluation.options import (
     MaxNewTokens,
     PromptKind,
 )
+from modulation.evaluation.outputs import refuse_outputs, write_outputs
 from modulation.evaluation.prompts import read_prompts
 from modulation.evaluation.provenance import dated, provenance
 from modulation.evaluation.run import Evaluation
 from modulation.evaluation.sources import in_process
-from modulation.flags import Device, Dtype, command_line, parse_levels, refuse_unwritable
+from modulation.flags import Device, Dtype, command_line, parse_levels
 from modulation.opening import open_mask
 
 if TYPE_CHECKING:
@@ -64,11 +64,8 @@ def robustness(
     html_out: HtmlOut = None,
 ) -> None:
     """Prune the top safety neurons, then answer prompts at several levels and judge the answers."""
-    refuse_unwritable({"--json": json_out, "--html": html_out})
-    if html_out is not None:
-        from modulation.evaluation.html.svg import require_matplotlib
-
-        require_matplotlib()
+    reads = {"--data": data, "--mask": mask, "--scores": scores}
+    refuse_outputs(json_out, html_out, reads, {})
     names = parse_levels(levels)
     prompts = read_prompts(data, kind, attacks, seed)
     typer.echo(f"{data}: {prompts}")
@@ -83,6 +80,9 @@ def robustness(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    run = provenance(data, prompts, source, RULE, command_line(ctx))
+    run["safety set"] = f"{len(loaded_mask.safety)} neurons"
+    from modulation.evaluation.html_report import robustness_page
     from modulation.evaluation.robustness import num_passes, pruned_figures
 
     total = num_passes(prunings) * len(source.titles) * len(prompts.records)
@@ -91,9 +91,9 @@ def robustness(
             prompts.records, source.answer_at, measures=source.measures, on_done=bar.update
         )
         points = pruned_figures(evaluation, list(source.titles), loaded, prunings)
-    run = provenance(data, prompts, source, RULE, command_line(ctx))
-    run["safety set"] = f"{len(loaded_mask.safety)} neurons"
-    _write(points, run, json_out, html_out)
+    _show(points)
+    result = {"run": run, "points": points}
+    write_outputs(json_out, result, html_out, lambda: robustness_page(points, dated(run)))
 
 
 def _prunings(mask: "Mask", counts: str, scores: Path | None, num_random: int, seed: int) -> "list[Pruning]":
@@ -105,18 +105,9 @@ def _prunings(mask: "Mask", counts: str, scores: Path | None, num_random: int, s
     return [attack, *(random_pruning(mask, attack, draw) for draw in range(seed, seed + num_random))]
 
 
-def _write(
-    points: "Sequence[PrunedFigures]", run: dict[str, str], json_out: Path | None, html_out: Path | None
-) -> None:
-    from modulation.evaluation.html_report import robustness_page
+def _show(points: "Sequence[PrunedFigures]") -> None:
     from modulation.evaluation.robustness import pruning_table
 
     for metric in SHOWN:
         if any(metric in point["figures"] for point in points):
             typer.echo(f"\n{metric}:\n\n{pruning_table(points, metric)}")
-    if json_out is not None:
-        json_out.write_text(json.dumps({"run": run, "points": points}, indent=2) + "\n")
-        typer.echo(f"\nWrote {json_out}.")
-    if html_out is not None:
-        html_out.write_text(robustness_page(points, dated(run)), encoding="utf-8")
-        typer.echo(f"\nWrote {html_out}.")

@@ -87,6 +87,14 @@ def test_attacks_on_a_file_without_plain_harmful_prompts_are_refused(tmp_path: P
     assert result.exit_code == 1 and "holds no plain harmful prompt to wrap" in result.stderr
 
 
+@pytest.mark.parametrize("flag", ["--json", "--html", "--answers-out"])
+def test_the_prompts_are_never_written_over(data: Path, flag: str) -> None:
+    before = data.read_text()
+    result = evaluate("--data", data, flag, data.parent / "." / data.name)
+    assert result.exit_code == 1 and "is the file of --data too; name another one" in result.stderr
+    assert data.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -99,7 +107,7 @@ def test_attacks_on_a_file_without_plain_harmful_prompts_are_refused(tmp_path: P
         (["--answers-out", "/no/such/folder/x"], "/no/such/folder does not exist"),
         (["--json", "/no/such/folder/out.json"], "/no/such/folder does not exist"),
         (["--html", "/no/such/folder/out.html"], "/no/such/folder does not exist"),
-        (["--json", "out", "--html", "out"], "--html out is what --json writes too"),
+        (["--json", "out", "--html", "out"], "--html out is the file of --json too"),
         (["--data", "/no/such/file.jsonl"], "/no/such/file.jsonl: cannot be read"),
     ],
 )
