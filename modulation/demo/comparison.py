@@ -125,4 +125,4 @@ def save_plot(runs: Sequence[Results], path: Path) -> None:
 
 def _mean(found: Sequence[Mapping[str, Any]], metric: str) -> float:
     """In per cent."""
-    return 100 * mean(each["metrics"][metric]["rate"] for each in found)
+    return 100 * mean(float(each["metrics"][metric]["rate"]) for each in found)

@@ -69,7 +69,9 @@ def strongest(scores: Tensor) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_cost(family: str) -> None:
     model = double_model(family)
-    found = attribute(attack_aware, model, benign_weight=0.6, borderline_weight=0.3)
+    found = attribute(
+        attack_aware, model, benign_weight=0.6, borderline_weight=0.3, cost="absolute", direction="amplify"
+    )
     for neuron in strongest(found.safety):
         groups = (DATA.harmful, *DATA.attacked.values())
         least = min(slopes(model, examples, neuron, margin).mean() for examples in groups)
@@ -82,7 +84,10 @@ def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_
 
 
 def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -> None:
-    found = attribute(attack_aware, model, cost="positive", include_plain=False, utility="complying")
+    found = attribute(
+        attack_aware, model, cost="positive", include_plain=False, utility="complying",
+        benign_weight=0.7, borderline_weight=0.25, direction="amplify",
+    )  # fmt: skip
     for neuron in [*strongest(found.safety), *strongest(found.utility)]:
         groups = [slopes(model, each, neuron, margin).mean() for each in DATA.attacked.values()]
         benign, borderline = (
@@ -96,7 +101,10 @@ def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -
 
 @pytest.mark.parametrize("num_tokens", [0, 2])
 def test_a_utility_neuron_makes_right_answers_likelier(model: PreTrainedModel, num_tokens: int) -> None:
-    found = attribute(attack_aware, model, helpful_borderline=0.25, utility_tokens=num_tokens)
+    found = attribute(
+        attack_aware, model, helpful_borderline=0.25, utility_tokens=num_tokens, attack_weight=0.8,
+        direction="amplify",
+    )  # fmt: skip
 
     def likelihood(model: PreTrainedModel, example: Example) -> float:
         return log_probability(model, example, example.complying, num_tokens or 99)
@@ -105,8 +113,42 @@ def test_a_utility_neuron_makes_right_answers_likelier(model: PreTrainedModel, n
         benign, borderline = (
             slopes(model, examples, neuron, likelihood).mean() for examples in (DATA.benign, DATA.borderline)
         )
-        expected = 0.75 * benign + 0.25 * borderline
+        attacks = [slopes(model, each, neuron, margin).mean() for each in DATA.attacked.values()]
+        expected = 0.75 * benign + 0.25 * borderline - 0.8 * max(0, -np.mean(attacks))
         assert found.utility[neuron].item() == pytest.approx(expected, rel=0.02, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["safety", "utility"])
+def test_in_either_direction_a_neuron_counts_by_the_better_of_scaling_it_up_and_down(
+    model: PreTrainedModel, kind: str
+) -> None:
+    """Down is up with all slopes turned round."""
+    found = getattr(attribute(attack_aware, model), kind)
+    for neuron in strongest(found):
+        groups = {
+            name: slopes(model, each, neuron, margin).mean()
+            for name, each in {**DATA.attacked, "plain": DATA.harmful}.items()
+        }
+        benign, borderline = (
+            slopes(model, examples, neuron, margin).mean() for examples in (DATA.benign, DATA.borderline)
+        )
+        attacks = np.mean([groups[name] for name in DATA.attacked])
+
+        def right(model: PreTrainedModel, example: Example) -> float:
+            return log_probability(model, example, example.complying, 4)
+
+        help_ = np.mean(
+            [slopes(model, each, neuron, right).mean() for each in (DATA.benign, DATA.borderline)]
+        )
+        scores = [
+            min(sign * each for each in groups.values())
+            - 0.5 * max(0, sign * benign)
+            - 0.5 * max(0, sign * borderline)
+            if kind == "safety"
+            else sign * help_ - max(0, -sign * attacks)
+            for sign in (1, -1)
+        ]
+        assert found[neuron].item() == pytest.approx(max(scores), rel=0.02, abs=0.005)
 
 
 @pytest.mark.parametrize(("integrated", "start"), [("zero_to_one", 0.0), ("one_to_two", 1.0)])
@@ -118,6 +160,7 @@ def test_integrated_effects_of_all_neurons_add_up_to_what_all_gates_change(
     found = attribute(
         attack_aware, model, data, integrated=integrated, steps=32,
         benign_weight=0.0, borderline_weight=0.0, helpful_borderline=0.0, utility_tokens=4,
+        attack_weight=0.0, direction="amplify",
     )  # fmt: skip
     ends = []
     for factor in (start + 1, start):
@@ -312,6 +355,7 @@ def test_what_has_no_weight_need_not_be_there(model: PreTrainedModel) -> None:
     [
         ("attack_aware", {"utility": "nice"}, "utility='nice' is unknown; accepted: helpful, complying"),
         ("attack_aware", {"cost": "none"}, "cost='none' is unknown; accepted: absolute, positive"),
+        ("attack_aware", {"direction": "down"}, "direction='down' is unknown; accepted: either, amplify"),
         ("attack_aware", {"integrated": "yes"}, "integrated='yes' is unknown; accepted: none, zero_to_one"),
         ("attack_aware", {"steps": 0}, "steps=0: at least 1"),
         ("attack_aware", {"helpful_borderline": 2.0}, "helpful_borderline=2: a share from 0 to 1"),
