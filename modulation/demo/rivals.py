@@ -9,7 +9,7 @@ the mask that ships.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final
 
@@ -71,6 +71,7 @@ class Rivals:
     bench: Bench
     ours: Mask
     settings: TuningSettings
+    _fixed_choices: dict[str, Fixed] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self) -> Iterator[Row]:
         """Ours first, controls, then rivals."""
@@ -132,6 +133,11 @@ class Rivals:
         return with_options(method, {**default_options(method), **changes})
 
     def _chosen_fixed(self, name: str) -> Fixed:
+        if name not in self._fixed_choices:
+            self._fixed_choices[name] = self._choose_fixed(name)
+        return self._fixed_choices[name]
+
+    def _choose_fixed(self, name: str) -> Fixed:
         scores = self.bench.scores(self._method(name), learning_records(self.bench.seed))
 
         def apply(setting: Fixed) -> AbstractContextManager[Any]:
