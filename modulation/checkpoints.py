@@ -47,6 +47,11 @@ class Reached:
     progress: dict[str, Any]
 
 
+def checkpoint_beside(out: Path) -> Path:
+    """Where the checkpoint of what will be written to `out` stands meanwhile."""
+    return out.with_name(out.name + ".checkpoint")
+
+
 @dataclass
 class Checkpoint:
     """A run's checkpoint file. `key` is a digest of everything that the run's result depends on."""

@@ -21,6 +21,8 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
 from modulation.evaluation.robustness_commands import robustness
+from modulation.tuning.commands import tune
+from modulation.tuning.level_commands import levels
 from server.settings import DEMO, Settings, flag, read_settings, variable
 
 if TYPE_CHECKING:
@@ -169,6 +171,8 @@ serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 app.command()(serve)
 app.command()(evaluate)
 app.command()(attribute)
+app.command()(tune)
+app.command()(levels)
 app.command()(robustness)
 
 

@@ -19,7 +19,7 @@ from modulation.attribution.examples import digest
 from modulation.attribution.methods import with_options
 from modulation.attribution.scores import ScoresFile, ScoresMetadata
 from modulation.attribution.selection import ranked_sets
-from modulation.checkpoints import Checkpoint
+from modulation.checkpoints import Checkpoint, checkpoint_beside
 from modulation.fingerprints import fingerprint
 from modulation.sites import find_sites
 
@@ -56,7 +56,7 @@ def attribute(
         ScoresError: scores that are not finite.
     """
     metadata = _metadata(model, data, run)
-    checkpoint = Checkpoint(out.with_name(out.name + ".checkpoint"), _key(metadata, str(model.device)))
+    checkpoint = Checkpoint(checkpoint_beside(out), _key(metadata, str(model.device)))
     accumulator = Accumulator(batch_size=run.batch_size, checkpoint=checkpoint, on_progress=on_progress)
     scores = with_options(run.method, run.options)(model, tokenizer, data, accumulator)
     made = ScoresFile(scores.safety.numpy(), scores.utility.numpy(), metadata)

@@ -3,20 +3,82 @@
 Knows the modulator, records and masks. Knows nothing of commands.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
+from modulation.checkpoints import Checkpoint
+from modulation.errors import DataError
 from modulation.evaluation.answer_file import data_digest
 from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
-from modulation.levels import OFF
+from modulation.evaluation.metrics import Metrics
+from modulation.levels import OFF, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from modulation.tuning.curve import RULE, Point, choose, grid, sweep
+from modulation.tuning.curve import RULE, Measured, Point, choose, grid, sweep
+
+_NEEDED = {
+    "attacked": ("harmful", True),
+    "plain harmful": ("harmful", False),
+    "borderline": ("borderline", False),
+    "benign": ("benign", False),
+}
 
 OnAnswered = Callable[[int], object]
+
+
+class KeptPoints:
+    """What a sweep has measured so far, kept in its checkpoint after every threshold if there is one.
+
+    Raises CheckpointError for a checkpoint that is damaged or of another run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        reached = checkpoint.load() if checkpoint else None
+        points = reached.progress["points"] if reached else []
+        self._checkpoint = checkpoint
+        self._metrics: dict[Threshold, Metrics] = {
+            Threshold(*each["threshold"]): each["metrics"] for each in points
+        }
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def measured(self, measure: Measured) -> Measured:
+        """As `measure`, but each threshold is measured once, in this run or in the one before."""
+
+        def once(threshold: Threshold) -> Metrics:
+            if threshold not in self._metrics:
+                self._metrics[threshold] = measure(threshold)
+                self._save()
+            return self._metrics[threshold]
+
+        return once
+
+    def _save(self) -> None:
+        if self._checkpoint:
+            points = [Point(threshold, metrics).to_json() for threshold, metrics in self._metrics.items()]
+            self._checkpoint.save({}, {"points": points})
+
+
+def sweep_key(mask: Mask, records: Sequence[Record], device: str, dtype: str) -> str:
+    """Of everything that the curve depends on."""
+    parts = (mask.digest, data_digest(records), device, dtype)
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def refuse_lacking(records: Sequence[Record]) -> None:
+    """Raise DataError where the records lack a kind of prompt that the rule needs."""
+    there = {(each.kind, each.kind == "harmful" and each.family is not None) for each in records}
+    missing = [words for words, kind in _NEEDED.items() if kind not in there]
+    if missing:
+        raise DataError(
+            f"The data hold no {' and no '.join(missing)} prompts: levels are chosen by attacked and plain "
+            "harmful, borderline and benign ones. Add them; --attacks all wraps plain harmful ones."
+        )
 
 
 def measured_points(
@@ -25,12 +87,15 @@ def measured_points(
     mask: Mask,
     records: Sequence[Record],
     on_answered: OnAnswered | None = None,
+    kept: KeptPoints | None = None,
 ) -> list[Point]:
     """The curve: every threshold of the grid, answered greedily; `off` first."""
-    return sweep(
-        lambda threshold: metrics_at(modulator, tokenizer, records, [threshold], on_answered)[0],
-        grid(mask.levels.maximum),
-    )
+
+    def measure(threshold: Threshold) -> Metrics:
+        return metrics_at(modulator, tokenizer, records, [threshold], on_answered)[0]
+
+    once = (KeptPoints() if kept is None else kept).measured(measure)
+    return sweep(once, grid(mask.levels.maximum))
 
 
 def with_levels(

@@ -66,10 +66,11 @@ def learn(
             source = random.Random(f"{seed}/{state.step}")
             loss = state.take_step(objective, tasks, source, rate)
             is_last = state.step == settings.num_steps
-            if validation and (state.step % settings.validate_every == 0 or is_last):
+            is_judged = validation is not None and (state.step % settings.validate_every == 0 or is_last)
+            if validation and is_judged:
                 state.judge(validate(objective, validation, state.parameters, seed), settings.patience)
             on_step(state.step, settings.num_steps, loss, state.best_loss if state.history else None)
-            if checkpoint and (checkpoint.is_due or is_last):
+            if checkpoint and (checkpoint.is_due or is_judged or is_last):
                 state.save(checkpoint)
     return state.learned(validation is not None)
 

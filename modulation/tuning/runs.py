@@ -18,6 +18,7 @@ from modulation.attribution.base import AttributionData
 from modulation.attribution.examples import digest
 from modulation.attribution.teacher_forcing import Forcing
 from modulation.checkpoints import Checkpoint
+from modulation.errors import DataError
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
@@ -27,6 +28,9 @@ from modulation.tuning.meta import Learned, OnStep, adapt, learn
 from modulation.tuning.objective import Objective
 from modulation.tuning.settings import TuningSettings
 from modulation.tuning.tasks import tasks_from
+
+# Factors are kept in float32: a learned one may stand on its bound.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ def adapt_mask(
     mask: Mask,
     run: AdaptationRun,
 ) -> Mask:
-    """The mask after `run.num_steps` inner steps on these prompts; its levels stay. Raises DataError."""
+    """The mask after `run.num_steps` inner steps on these prompts; its levels stay.
+
+    Raises DataError for data that cannot be learned from, and for factors that the bound would change.
+    """
+    _refuse_out_of_bounds(mask, run.settings.bound)
     objective, forcing = _objective(model, tokenizer, mask, run.settings)
     adapted = adapt(
         objective,
@@ -114,12 +122,35 @@ def adapt_mask(
         num_steps=run.num_steps,
         rate=run.rate,
     )
-    record = {"families": list(data.attacked), "num_steps": run.num_steps, "rate": run.rate}
+    record = {
+        "settings": run.settings.model_dump(),
+        "families": list(data.attacked),
+        "num_steps": run.num_steps,
+        "rate": run.rate,
+    }
     # What was measured of the mask does not hold for other factors.
     unmeasured = replace(mask, metadata=mask.metadata.model_copy(update={"evaluation": {}}))
     return _with_factors(
         unmeasured, objective.shape, adapted, "adaptation", record, {"adaptation": digest(data)}, run.seed
     )
+
+
+def settings_of(mask: Mask) -> dict[str, Any]:
+    """The settings that a mask was tuned with, empty where it does not say."""
+    record = mask.metadata.method.get("tuning")
+    settings = record.get("settings") if isinstance(record, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _refuse_out_of_bounds(mask: Mask, bound: float) -> None:
+    factors = np.concatenate([mask.safety.factors, mask.utility.factors]).astype(np.float64)
+    outside = factors[(factors < (1 - _ROUNDING) / bound) | (factors > (1 + _ROUNDING) * bound)]
+    if len(outside):
+        raise DataError(
+            f"The mask has {len(outside)} factors outside {1 / bound:g} to {bound:g}, such as "
+            f"{outside[0]:g}: adaptation would change them unasked. Adapt with a larger --option bound=N "
+            "(a factor of 0 cannot be adapted)."
+        )
 
 
 def _objective(

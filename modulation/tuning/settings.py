@@ -3,8 +3,8 @@
 Knows names and numbers. Knows nothing of models or of how they are used.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,8 +49,9 @@ class TuningSettings(BaseModel):
     shrinkage: Weight = 0.002
 
     @classmethod
-    def parse(cls, given: Sequence[str]) -> Self:
-        """The defaults with `given` ("key=value") in their place; DataError names what does not fit."""
+    def parse(cls, given: Sequence[str], base: Mapping[str, Any] | None = None) -> Self:
+        """The defaults, or `base`, with `given` ("key=value") in their place; DataError names what does
+        not fit."""
         values: dict[str, str] = {}
         for each in given:
             name, separator, text = each.partition("=")
@@ -62,8 +63,8 @@ class TuningSettings(BaseModel):
                 raise DataError(f"Option {name!r} is unknown; accepted: {', '.join(cls.model_fields)}.")
             values[name] = text
         try:
-            return cls.model_validate(values)
+            return cls.model_validate({**(base or {}), **values})
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            raise DataError(f"Option {name}={values[name]!r}: {first['msg']}.") from error
+            raise DataError(f"Option {name}={first['input']!r}: {first['msg']}.") from error

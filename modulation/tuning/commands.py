@@ -1,0 +1,249 @@
+"""The command `neurontune tune`: from scores and prompts to a mask with learned factors, or from a tuned
+mask and a few prompts of a new attack family to an adapted one.
+
+Knows arguments, files and terminals; the work is done by the modules it calls.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Never
+
+import typer
+from tqdm import tqdm
+
+from modulation.demo import DEMO
+from modulation.flags import Device, Dtype, refuse_unwritable
+from modulation.opening import model_id, open_model
+from modulation.tuning.flags import refuse_misfits
+from modulation.tuning.settings import TuningSettings
+
+if TYPE_CHECKING:
+    from modulation.attribution.scores import ScoresFile
+    from modulation.evaluation.data import Record
+    from modulation.masks import Mask
+    from modulation.opening import Opened
+    from modulation.tuning.meta import OnStep
+    from modulation.tuning.runs import Tuned
+
+SHARE: Final = 0.0198
+ADAPTATION_STEPS: Final = 3
+ADAPTATION_RATE: Final = 0.3
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What both forms of the command are told."""
+
+    data: Path
+    out: Path
+    model: str
+    option: list[str]
+    refusal: str | None
+    seed: int
+    device: Device
+    dtype: Dtype
+
+
+def tune(
+    data: Annotated[Path, typer.Option(help="Prompts, one JSON object a line (docs/tuning.md).")],
+    out: Annotated[Path, typer.Option(help="Mask file to write.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores file: which neurons (`neurontune attribute`).")
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Prompts to validate on; left out: some of --data are kept aside.")
+    ] = None,
+    validation_family: Annotated[
+        list[str] | None,
+        typer.Option(help="Attack family of --data to keep aside; repeatable; left out: the last one."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="'demo', a Hugging Face folder, or a hub name.")] = DEMO,
+    share: Annotated[
+        float | None,
+        typer.Option(help=f"Share of all neurons, half safety and half utility; left out: {SHARE}."),
+    ] = None,
+    num_safety: Annotated[
+        int | None, typer.Option(min=1, help="Safety neurons; with --num-utility, in place of --share.")
+    ] = None,
+    num_utility: Annotated[int | None, typer.Option(min=0, help="Utility neurons.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of tuning; repeatable.")
+    ] = None,
+    refusal: Annotated[
+        str | None, typer.Option(help="How the model refuses; left out: as the demo model does.")
+    ] = None,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Adapt a tuned mask to a few prompts of a new attack family.")
+    ] = False,
+    mask: Annotated[Path | None, typer.Option(help="With --adapt: the mask to adapt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"With --adapt: steps; left out: {ADAPTATION_STEPS}.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help=f"With --adapt: a step's rate; left out: {ADAPTATION_RATE}.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts' order and of their thresholds.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The weights' type.")] = "auto",
+) -> None:
+    """Learn the factors of the top neurons. Goes on where it was interrupted."""
+    refuse_unwritable({"--out": out})
+    request = _Request(data, out, model, option or [], refusal, seed, device, dtype)
+    learning = {
+        "--scores": scores,
+        "--validation": validation,
+        "--validation-family": validation_family or None,
+        "--share": share,
+        "--num-safety": num_safety,
+        "--num-utility": num_utility,
+    }
+    refuse_misfits(adapt, learning, {"--mask": mask, "--steps": steps, "--rate": rate})
+    if adapt:
+        assert mask is not None
+        _adapt(request, mask, steps or ADAPTATION_STEPS, ADAPTATION_RATE if rate is None else rate)
+    else:
+        assert scores is not None
+        counts = None if num_safety is None or num_utility is None else (num_safety, num_utility)
+        families = validation_family or []
+        _tune(request, scores, validation, families, counts, SHARE if share is None else share)
+
+
+def _tune(
+    request: _Request,
+    scores: Path,
+    validation: Path | None,
+    families: list[str],
+    counts: tuple[int, int] | None,
+    share: float,
+) -> None:
+    from modulation.attribution.reading import examples_of
+    from modulation.attribution.scores import ScoresFile
+    from modulation.checkpoints import checkpoint_beside
+    from modulation.tuning.runs import TuningRun
+    from modulation.tuning.runs import tune as tune_mask
+
+    settings = TuningSettings.parse(request.option)
+    training, kept_aside, told = _records(request.data, validation, families)
+    typer.echo(told)
+    found = ScoresFile.load(scores)
+    opened = open_model(request.model, request.device, request.dtype)
+    typer.echo(str(opened))
+    draft = _draft(opened, request.model, found, _provenance(scores, found), counts, share)
+    data, validated = (
+        examples_of(records, opened, request.refusal, settings.batch_size)
+        for records in (training, kept_aside)
+    )
+    checkpoint = checkpoint_beside(request.out)
+    with tqdm(unit="step") as bar:
+        tuned = tune_mask(
+            opened.model,
+            opened.tokenizer,
+            data,
+            validated,
+            draft,
+            TuningRun(settings, request.seed),
+            checkpoint_path=checkpoint,
+            on_step=_shown_on(bar),
+        )
+    tuned.mask.save(request.out)
+    checkpoint.unlink(missing_ok=True)
+    typer.echo(_report(tuned, request, validation))
+
+
+def _records(
+    data: Path, validation: Path | None, families: list[str]
+) -> "tuple[list[Record], list[Record], str]":
+    """What to learn from, what to validate on, and both in words."""
+    from modulation.evaluation.data import read_records
+    from modulation.tuning.validation import split
+
+    records = read_records(data)
+    if validation is not None:
+        own = read_records(validation)
+        told = f"Learning from {len(records)} prompts of {data}, validating on {len(own)} of {validation}."
+        return records, own, told
+    parted = split(records, families)
+    return parted.training, parted.validation, str(parted)
+
+
+def _provenance(path: Path, scores: "ScoresFile") -> dict[str, Any]:
+    metadata = scores.metadata
+    return {
+        "method": {
+            "attribution": {
+                "method": metadata.method,
+                "options": metadata.options,
+                "scores": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        },
+        "data_digests": {"attribution": metadata.data_digest},
+        "seeds": {"attribution": metadata.seed},
+    }
+
+
+def _draft(
+    opened: "Opened",
+    model: str,
+    scores: "ScoresFile",
+    provenance: Mapping[str, Any],
+    counts: tuple[int, int] | None,
+    share: float,
+) -> "Mask":
+    from modulation.tuning.drafting import counts as counts_of
+    from modulation.tuning.drafting import draft, top_neurons
+
+    scores.verify(opened.model)
+    num_safety, num_utility = counts or counts_of(opened.model, share)
+    safety, utility = top_neurons(scores.scores, num_safety, num_utility)
+    return draft(opened.model, model_id(model), safety, utility, **provenance)
+
+
+def _shown_on(bar: "tqdm[Never]") -> "OnStep":
+    def show(step: int, total: int, loss: float, validation: float | None) -> None:
+        if bar.total is None:  # what an interrupted run did counts as done, but not for the time left
+            bar.total, bar.initial, bar.n = total, step - 1, step - 1
+        best = "" if validation is None else f", best validation {validation:.3f}"
+        bar.set_postfix_str(f"loss {loss:.3f}{best}", refresh=False)
+        bar.update(step - bar.n)
+
+    return show
+
+
+def _report(tuned: "Tuned", request: _Request, validation: Path | None) -> str:
+    from modulation.tuning.summary import factors_table, history_table, levels_list
+
+    learned = tuned.learned
+    prompts = validation or Path("VALIDATION.jsonl")
+    return "\n\n".join(
+        [
+            f"\n{history_table(learned.history, learned.num_steps)}",
+            f"Factors after {learned.num_steps} steps:\n\n{factors_table(tuned.mask)}",
+            f"Levels, to begin with: {levels_list(tuned.mask)}",
+            f"Wrote {request.out}. Choose its levels by measurement:\n"
+            f"  neurontune levels --model {request.model} --mask {request.out} --data {prompts} "
+            "--out mask.safetensors",
+        ]
+    )
+
+
+def _adapt(request: _Request, path: Path, num_steps: int, rate: float) -> None:
+    from modulation.attribution.reading import examples_of
+    from modulation.evaluation.data import read_records
+    from modulation.masks import Mask
+    from modulation.tuning.runs import AdaptationRun, adapt_mask, settings_of
+    from modulation.tuning.summary import movement_table
+
+    mask = Mask.load(path)
+    settings = TuningSettings.parse(request.option, settings_of(mask))
+    records = read_records(request.data)
+    opened = open_model(request.model, request.device, request.dtype)
+    typer.echo(str(opened))
+    mask.verify(opened.model)
+    data = examples_of(records, opened, request.refusal, settings.batch_size)
+    run = AdaptationRun(settings, num_steps, rate, request.seed)
+    adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, run)
+    adapted.save(request.out)
+    typer.echo(f"\nHow far {num_steps} steps moved the factors:\n\n{movement_table(mask, adapted)}")
+    typer.echo(f"\nWrote {request.out}. Its levels are those of {path}, not measured anew.")
