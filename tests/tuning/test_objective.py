@@ -73,7 +73,9 @@ def parting_of(example: Example) -> tuple[int, int, int]:
     (refusing, start), (complying, _) = (
         tokens_of(TOKENIZER, example, answer) for answer in (example.refusing, example.complying)
     )
-    place = next(n for n, (r, c) in enumerate(zip(refusing[start:], complying[start:], strict=False)) if r != c)
+    place = next(
+        n for n, (r, c) in enumerate(zip(refusing[start:], complying[start:], strict=False)) if r != c
+    )
     return place, refusing[start + place], complying[start + place]
 
 
