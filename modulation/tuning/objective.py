@@ -66,7 +66,8 @@ class Objective:
                 )
                 terms |= self._answer_terms(answers, prompts) if is_helpful else {}
         terms |= self._margin_terms(margins, drawn)
-        terms["shrinkage"] = self.settings.shrinkage * parameters.square().mean()
+        shrinkage = self.settings.shrinkage * parameters.square().mean()
+        terms["shrinkage"] = shrinkage.to(margins.device)
         return Seen(margins, terms)
 
     def _answers(self, prompts: Sequence[Prompt], thresholds: Sequence[Threshold]) -> AnswerTokens:

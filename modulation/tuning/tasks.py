@@ -1,6 +1,6 @@
 """The tasks of meta-learning and the prompts drawn for them.
 
-Knows kinds of prompts, attack families and benign categories. Knows nothing of models or losses.
+Knows kinds of prompts and attack families. Knows nothing of models or losses.
 """
 
 import random
@@ -45,8 +45,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Prompts by kind, attacked ones by family. A task of meta-learning is an attack family together with
-    a random half of the borderline prompts: the half is the task's benign category."""
+    """Prompts by kind, attacked ones by family. A task of meta-learning is an attack family; the prompts
+    of the other kinds belong to every task."""
 
     attacked: Mapping[str, tuple[Prompt, ...]]
     harmful: tuple[Prompt, ...]

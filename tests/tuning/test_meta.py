@@ -1,0 +1,223 @@
+"""Outer gradients in both orders, steps, validation, and runs that go on where they were interrupted."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modulation.checkpoints import Checkpoint
+from modulation.errors import CheckpointError
+from modulation.tuning.meta import Learned, _outer_gradient, adapt, learn, validate
+from modulation.tuning.objective import Objective
+from modulation.tuning.tasks import Tasks
+from tests.modulation.attributing import TOKENIZER, double_model
+from tests.tiny_models import FAMILIES, tiny_model
+from tests.tuning.tuning import NUM_SAFETY, NUM_UTILITY, objective_of, tasks_of
+
+NUM_NEURONS = NUM_SAFETY + NUM_UTILITY
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return double_model()
+
+
+def start_at(seed: int = 1, scale: float = 0.3) -> Tensor:
+    return scale * torch.randn(NUM_NEURONS, generator=torch.Generator().manual_seed(seed))
+
+
+def outer(objective: Objective, tasks: Tasks, at: Tensor, seed: int = 5) -> tuple[float, Tensor]:
+    return _outer_gradient(objective, tasks, at, random.Random(seed))
+
+
+def slope(objective: Objective, tasks: Tasks, at: Tensor, along: Tensor) -> float:
+    """Of the outer loss with its inner steps, as a function of where they start."""
+    step = 0.01 / along.norm()
+    sides = [outer(objective, tasks, at + sign * step * along)[0] for sign in (1, -1)]
+    return (sides[0] - sides[1]) / (2 * step.item())
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_second_order_is_the_slope_of_the_outer_loss_in_the_start(
+    model: PreTrainedModel, inner_steps: int
+) -> None:
+    objective = objective_of(model, second_order=True, inner_steps=inner_steps, inner_rate=0.1)
+    tasks, at = tasks_of(model), start_at()
+    _, gradient = outer(objective, tasks, at)
+    for seed in range(3):
+        along = start_at(seed + 20)
+        assert (gradient @ along).item() == pytest.approx(
+            slope(objective, tasks, at, along), rel=0.02, abs=0.01
+        )
+
+
+def test_first_order_is_the_gradient_where_the_inner_steps_end(model: PreTrainedModel) -> None:
+    """And it is another than second order's: the curvature counts."""
+    objective = objective_of(model, inner_steps=2, inner_rate=0.1)
+    tasks = tasks_of(model)
+    source = random.Random(5)
+    support_families, query_families = tasks.support_and_query(source)
+    at = start_at()
+    for _ in range(2):
+        support = tasks.draw(source, 6, objective.aims, support_families)
+        point = at.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(point, support).loss, point)
+        at = at - 0.1 * gradient
+    query = tasks.draw(source, 8, objective.aims, query_families)
+    point = at.clone().requires_grad_()
+    loss = objective(point, query).loss
+    (gradient,) = torch.autograd.grad(loss, point)
+    found_loss, found = outer(objective, tasks, start_at())
+    assert found_loss == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+    second = objective_of(model, inner_steps=2, inner_rate=0.1, second_order=True)
+    assert (outer(second, tasks, start_at())[1] - found).norm() > 0.01 * found.norm()
+
+
+def test_plain_risk_minimisation_has_no_inner_step_and_draws_from_all_families(
+    model: PreTrainedModel,
+) -> None:
+    objective = objective_of(model, method="erm")
+    tasks, at = tasks_of(model), start_at()
+    drawn = tasks.draw(random.Random(5), 8, objective.aims, tasks.families)
+    loss, gradient = outer(objective, tasks, at)
+    assert loss == pytest.approx(objective(at, drawn).loss.item(), rel=1e-6)
+    along = start_at(3)
+    assert (gradient @ along).item() == pytest.approx(slope(objective, tasks, at, along), rel=0.02, abs=0.01)
+
+
+def run(model: PreTrainedModel, *, validated: bool = True, seed: int = 0, **more: Any) -> Learned:
+    names = ("checkpoint", "on_step")
+    objective = objective_of(model, **{name: each for name, each in more.items() if name not in names})
+    tasks = tasks_of(model)
+    more = {name: more[name] for name in names if name in more}
+    return learn(objective, tasks, tasks if validated else None, torch.zeros(NUM_NEURONS), seed=seed, **more)
+
+
+def test_the_seed_decides_alone(model: PreTrainedModel) -> None:
+    one, same, other = (run(model, seed=seed, validated=False).parameters for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_the_loss_falls(model: PreTrainedModel) -> None:
+    learned = run(model, num_steps=12, validate_every=4, rate=0.2)
+    objective, tasks = objective_of(model), tasks_of(model)
+    assert learned.history[-1]["loss"] < validate(objective, tasks, torch.zeros(NUM_NEURONS))["loss"] - 0.1
+
+
+def test_factors_stay_within_the_bound(model: PreTrainedModel) -> None:
+    parameters = run(model, rate=5.0, bound=2.0, inner_rate=4.0).parameters
+    assert parameters.abs().max().item() == pytest.approx(math.log(2))
+
+
+def test_without_validation_the_last_parameters_are_returned(model: PreTrainedModel) -> None:
+    learned = run(model, validated=False)
+    assert learned.num_steps == 4 and learned.history == []
+
+
+def test_the_best_of_all_validations_is_returned_and_patience_ends_the_run(model: PreTrainedModel) -> None:
+    """A rate this large makes the loss go up again."""
+    learned = run(model, num_steps=40, validate_every=1, patience=2, rate=2.0)
+    losses = [each["loss"] for each in learned.history]
+    best = losses.index(min(losses))
+    assert len(losses) < 40 and best == len(losses) - 3, "two more validations, neither better"
+    assert learned.num_steps == learned.history[best]["step"]
+    objective = objective_of(model)
+    again = validate(objective, tasks_of(model), learned.parameters)
+    assert again == {name: each for name, each in learned.history[best].items() if name != "step"}
+
+
+def test_validation_counts_margins_on_the_wrong_side(model: PreTrainedModel) -> None:
+    objective, tasks = objective_of(model), tasks_of(model)
+    found = validate(objective, tasks, start_at())
+    # The same prompts and thresholds: more are asked for than there are.
+    drawn = tasks.sample(random.Random("0/validation"), 48, objective.aims)
+    margins = objective(start_at(), drawn).margins.tolist()
+    attacked = [m < 0 for m, p in zip(margins, drawn.prompts, strict=True) if p.kind == "attacked"]
+    borderline = [m > 0 for m, p in zip(margins, drawn.prompts, strict=True) if p.kind == "borderline"]
+    assert found["attack_success"] == pytest.approx(sum(attacked) / 5)
+    assert found["over_refusal"] == pytest.approx(sum(borderline) / 2)
+    assert len(attacked) == 5 and len(borderline) == 2
+
+
+class Stopped(Exception):
+    """What stands for a kill in these tests."""
+
+
+NUM_STEPS = 6
+
+
+@pytest.mark.parametrize("method", ["maml", "erm"])
+def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
+    model: PreTrainedModel, method: str, tmp_path: Path
+) -> None:
+    whole = run(model, num_steps=NUM_STEPS, method=method)
+    for last in range(1, NUM_STEPS):
+        path = tmp_path / str(last)
+
+        def stop(step: int, *_: object, last: int = last) -> None:
+            if step == last + 1:
+                raise Stopped
+
+        def checkpoint(path: Path = path) -> Checkpoint:
+            return Checkpoint(path, "key", seconds_between=0)
+
+        with pytest.raises(Stopped):
+            run(model, num_steps=NUM_STEPS, method=method, checkpoint=checkpoint(), on_step=stop)
+        steps: list[int] = []
+        again = run(
+            model,
+            num_steps=NUM_STEPS,
+            method=method,
+            checkpoint=checkpoint(),
+            on_step=lambda step, *_, steps=steps: steps.append(step),
+        )
+        assert steps == list(range(last + 1, NUM_STEPS + 1))
+        assert torch.equal(again.parameters, whole.parameters)
+        assert (again.history, again.num_steps) == (whole.history, whole.num_steps)
+
+
+def test_a_run_that_patience_ended_is_not_gone_on_with(model: PreTrainedModel, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    early: dict[str, Any] = {"num_steps": 40, "validate_every": 1, "patience": 2, "rate": 2.0}
+    whole = run(model, checkpoint=Checkpoint(path, "key"), **early)
+    steps: list[int] = []
+    again = run(model, checkpoint=Checkpoint(path, "key"), on_step=lambda n, *_: steps.append(n), **early)
+    assert not steps and torch.equal(again.parameters, whole.parameters)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        run(model, checkpoint=Checkpoint(path, "other"))
+
+
+def test_adaptation_is_gradient_descent_on_the_prompts_at_the_anchors(model: PreTrainedModel) -> None:
+    objective, tasks, at = objective_of(model, support_size=9), tasks_of(model), start_at()
+    drawn = tasks.sample(random.Random("0/adapt/0"), 9, objective.aims)
+    assert len(drawn.prompts) == 5 + 3 + 2 + 2, "all there are"
+    point = at.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(point, drawn).loss, point)
+    found = adapt(objective, tasks, at, num_steps=1, rate=0.2)
+    torch.testing.assert_close(found, at - 0.2 * gradient, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(adapt(objective, tasks, at, num_steps=2, rate=0.2), found)
+
+
+@pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_and_the_model_stays_as_it_was(family: str, second_order: bool) -> None:
+    model = tiny_model(family, vocab_size=len(TOKENIZER))
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    learned = run(model, num_steps=2, second_order=second_order)
+    assert learned.parameters.isfinite().all()
+    # Behind a ReLU (OPT) some neurons are silent for every token: their factors stay.
+    assert (learned.parameters != 0).sum() > NUM_NEURONS / 2
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+    assert all(each.requires_grad and each.grad is None for each in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bfloat16_models_have_float32_factors() -> None:
+    learned = run(tiny_model(vocab_size=len(TOKENIZER)).bfloat16(), num_steps=2)
+    assert learned.parameters.dtype == torch.float32 and learned.parameters.isfinite().all()
