@@ -16,9 +16,11 @@ from modulation.attribution.base import AttributionData, Scores
 from modulation.attribution.gates import Integrated, gate_effects, gate_values
 from modulation.attribution.teacher_forcing import (
     NUM_MARGIN_TOKENS,
+    WHOLE,
     Both,
     Forced,
     Forcing,
+    answer_log_odds,
     answer_log_probability,
 )
 from modulation.errors import DataError
@@ -32,10 +34,13 @@ Direction = Literal["either", "amplify"]
 # model's validation prompts, see docs/method.md.
 BENIGN_WEIGHT: Final = 0.5
 BORDERLINE_WEIGHT: Final = 0.5
+TEXT_WEIGHT: Final = 1.0
 
 _PLAIN: Final = "harmful"
 _ATTACK: Final = "attack: "
 _HELPFUL: Final = "helpful: "
+_TEXT: Final = "words of right answers"
+_REFUSALS: Final = "words of refusals"
 
 
 def attack_aware(
@@ -49,6 +54,7 @@ def attack_aware(
     benign_weight: float = BENIGN_WEIGHT,
     borderline_weight: float = BORDERLINE_WEIGHT,
     attack_weight: float = 1.0,
+    text_weight: float = TEXT_WEIGHT,
     cost: Cost = "positive",
     include_plain: bool = True,
     helpful_borderline: float = 0.5,
@@ -90,6 +96,10 @@ def attack_aware(
     def likelihoods(batch: Sequence[Forced]) -> dict[str, Tensor]:
         return {"effect": _log_probability_effects(model, sites, batch, values).sum(dim=0)}
 
+    def words(batch: Sequence[Forced]) -> dict[str, Tensor]:
+        effects = gate_effects(model, sites, lambda: answer_log_odds(model, batch), values)
+        return {"absolute": effects.abs().sum(dim=0)}
+
     groups = {f"{_ATTACK}{family}": examples for family, examples in data.attacked.items()}
     groups |= {_PLAIN: data.harmful} if include_plain else {}
     groups |= {"benign": data.benign}
@@ -101,6 +111,9 @@ def attack_aware(
     for group in shares:
         right = forcing.complying(getattr(data, group), utility_tokens)
         passes.append(Pass(f"{_HELPFUL}{group}", right, likelihoods))
+    if text_weight:
+        passes.append(Pass(_TEXT, forcing.complying(data.benign, WHOLE), words))
+        passes.append(Pass(_REFUSALS, forcing.refusing(data.harmful, WHOLE), words))
     totals = accumulator.run(passes)
 
     harmful = [totals[name].mean("effect") for name in groups if name == _PLAIN or name.startswith(_ATTACK)]
@@ -108,14 +121,17 @@ def attack_aware(
     attacks = [totals[name].mean("effect") for name in groups if name.startswith(_ATTACK)]
     helpful = _weighted({name: totals[f"{_HELPFUL}{name}"].mean("effect") for name in shares}, shares)
 
+    breaks = [totals[name].mean("absolute") for name in (_TEXT, _REFUSALS) if name in totals]
+    broken = text_weight * sum(breaks, torch.zeros(()))
+
     def safety(sign: float) -> Tensor:
-        return _every([sign * each for each in harmful]) - _cost(totals, weights, cost, sign)
+        return _every([sign * each for each in harmful]) - _cost(totals, weights, cost, sign) - broken
 
     def useful(sign: float) -> Tensor:
         if utility == "complying":
             return safety(-sign)
         complying = (-sign * torch.stack(attacks).mean(dim=0)).clamp(min=0)
-        return sign * helpful - attack_weight * complying
+        return sign * helpful - attack_weight * complying - broken
 
     if direction == "amplify":
         return Scores(safety=safety(1.0), utility=useful(1.0))

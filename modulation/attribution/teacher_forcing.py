@@ -5,7 +5,7 @@ Knows tokenizers, padding and log-probabilities. Knows nothing of neurons.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from modulation.attribution.base import Example
 from modulation.errors import DataError
 
+Answer = Literal["refusing", "complying"]
 # Whether a model refuses shows in the first words of its answer.
 NUM_MARGIN_TOKENS: Final = 4
 WHOLE: Final = 0
@@ -74,19 +75,19 @@ class Forcing:
         ]
         return sorted(found, key=lambda each: len(each.refusing.tokens))
 
-    def parting(self, example: Example, *, whole: bool) -> tuple[Forced, Parting]:
-        """The prompt with the complying answer, `whole` or up to where the refusing one parts from it.
+    def parting(self, example: Example, answer: Answer) -> tuple[Forced, Parting]:
+        """The prompt with one of its answers, whole, and where the two answers part.
 
         Raises DataError where one answer begins with the whole other one.
         """
-        complying = self._forced(example, example.complying, WHOLE)
         refusing = self._forced(example, example.refusing, WHOLE)
+        complying = self._forced(example, example.complying, WHOLE)
         start = complying.start
         pairs = zip(refusing.tokens[start:], complying.tokens[start:], strict=False)
         for place, (refuses, complies) in enumerate(pairs):
             if refuses != complies:
-                end = len(complying.tokens) if whole else start + place + 1
-                return Forced(complying.tokens[:end], start), Parting(place, refuses, complies)
+                forced = refusing if answer == "refusing" else complying
+                return forced, Parting(place, refuses, complies)
         raise DataError(
             f"Record {example.name!r}: its answer {example.complying!r} and the refusal {example.refusing!r} "
             "do not part: one begins with the other. Give another answer or another --refusal."
@@ -162,3 +163,16 @@ def answer_log_probability(model: PreTrainedModel, batch: Sequence[Forced]) -> T
     """Log-probability of each answer after its prompt, summed over its tokens: float32 (rows,)."""
     found = answer_tokens(model, batch)
     return torch.zeros(len(batch), device=found.chosen.device).index_add(0, found.rows, found.chosen)
+
+
+def answer_log_odds(model: PreTrainedModel, batch: Sequence[Forced]) -> Tensor:
+    """Log-odds of each answer's tokens, log p / (1 - p), their mean: float32 (rows,).
+
+    Where a model is sure, the log-probability hardly moves until a word breaks; the log-odds do.
+    """
+    found = answer_tokens(model, batch)
+    targets = torch.cat([torch.tensor(each.tokens[each.start :]) for each in batch]).to(found.rows.device)
+    others = found.predicted.scatter(1, targets[:, None], -torch.inf).logsumexp(dim=1)
+    zeros = torch.zeros(len(batch), device=found.chosen.device)
+    sums = zeros.index_add(0, found.rows, found.chosen - others)
+    return sums / zeros.index_add(0, found.rows, torch.ones_like(found.chosen))

@@ -7,8 +7,10 @@ log-probability of going on with the one minus that of the other), target t and 
 
     harmful, attacked:   w * softplus(t - m)          borderline, benign:   w * softplus(t + m)
 
-and, over the tokens of right answers, cross-entropy and the divergence KL(base || modulated), of
-borderline answers only after the parting, where the base model may be about to refuse. Last,
+and, of answers that help, -log p(answer); of all right answers (to harm, the refusal) the divergence
+KL(base || modulated), summed over the answer's tokens, of benign ones all, of others those after the
+parting, before which the base model may be about to do otherwise. One broken word breaks an answer, so it
+is the sum that counts; without it words break while margins look fine. Last,
 shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts (docs/tuning.md).
 """
 
@@ -55,7 +57,8 @@ class Objective:
         self.modulator.use_factors(self.shape.factors(parameters))
         margins = torch.zeros(len(drawn.prompts), device=self.modulator.model.device)
         terms: dict[str, Tensor] = {}
-        # Right answers are much longer than what is forced on harmful prompts: padded apart.
+        answered: dict[str, list[Tensor]] = {"likelihood": [], "divergence": []}
+        # Answers that help are longer than refusals: padded apart.
         for is_helpful in (False, True):
             chosen = [row for row, each in enumerate(drawn.prompts) if each.is_helpful == is_helpful]
             if chosen:
@@ -64,7 +67,13 @@ class Objective:
                 margins = margins.index_put(
                     (torch.tensor(chosen, device=margins.device),), partings(answers, prompts)
                 )
-                terms |= self._answer_terms(answers, prompts) if is_helpful else {}
+                if is_helpful:
+                    answered["likelihood"].append(_summed(-answers.chosen, answers.rows, len(prompts)))
+                if self.settings.divergence_weight:
+                    answered["divergence"].append(self._divergences(answers, prompts))
+        for name, values in answered.items():
+            if values:
+                terms[name] = getattr(self.settings, f"{name}_weight") * torch.cat(values).mean()
         terms |= self._margin_terms(margins, drawn)
         shrinkage = self.settings.shrinkage * parameters.square().mean()
         terms["shrinkage"] = shrinkage.to(margins.device)
@@ -91,22 +100,22 @@ class Objective:
                 terms[kind] = losses[chosen].mean()
         return terms
 
-    def _answer_terms(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Of right answers: they stay likely, and close to the base model's."""
-        terms: dict[str, Tensor] = {"likelihood": -self.settings.likelihood_weight * answers.chosen.mean()}
-        begins = [each.parting.place + 1 if each.kind == "borderline" else 0 for each in prompts]
+    def _divergences(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:
+        """KL(base || modulated) of each right answer, summed over its settled tokens: float32 (prompts,)."""
+        begins = [0 if each.kind == "benign" else each.parting.place + 1 for each in prompts]
         settled = answers.places >= torch.tensor(begins, device=answers.rows.device)[answers.rows]
-        if self.settings.divergence_weight and settled.any():
-            base = self._base(prompts)
-            distance = kl_div(
-                answers.predicted[settled], base.predicted[settled], reduction="batchmean", log_target=True
-            )
-            terms["divergence"] = self.settings.divergence_weight * distance
-        return terms
+        base = self._base(prompts).predicted[settled]
+        distances = kl_div(answers.predicted[settled], base, reduction="none", log_target=True).sum(dim=1)
+        return _summed(distances, answers.rows[settled], len(prompts))
 
     @torch.no_grad()
     def _base(self, prompts: Sequence[Prompt]) -> AnswerTokens:
         return self._answers(prompts, [ZERO] * len(prompts))
+
+
+def _summed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The sum of each row's values: float32 (rows,)."""
+    return torch.zeros(num_rows, device=values.device).index_add(0, rows, values)
 
 
 def partings(answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:

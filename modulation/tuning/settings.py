@@ -44,8 +44,8 @@ class TuningSettings(BaseModel):
     borderline_weight_low: Weight = 1.5
     harmful_weight: Weight = 0.5
     benign_weight: Weight = 1.0
-    likelihood_weight: Weight = 0.2
-    divergence_weight: Weight = 0.2
+    likelihood_weight: Weight = 0.3
+    divergence_weight: Weight = 2.0
     shrinkage: Weight = 0.002
 
     @classmethod

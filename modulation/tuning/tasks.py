@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from modulation.attribution.base import AttributionData, Example
-from modulation.attribution.teacher_forcing import Forced, Forcing, Parting
+from modulation.attribution.teacher_forcing import Answer, Forced, Forcing, Parting
 from modulation.errors import DataError
 from modulation.levels import Threshold
 from modulation.tuning.aims import Aims
@@ -22,8 +22,8 @@ _FEWEST_FAMILIES: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's tokens followed by its complying answer's, and where a refusal would part from it. Of a
-    right answer all tokens are there, of one that complies with harm those up to the parting."""
+    """A prompt's tokens followed by its right answer's (to harm, the refusal), and where the refusing and the
+    complying answer part."""
 
     kind: Kind
     forced: Forced
@@ -101,5 +101,5 @@ def tasks_from(data: AttributionData, forcing: Forcing, *, needs_families: bool 
 
 
 def _prompts(kind: Kind, examples: Sequence[Example], forcing: Forcing) -> tuple[Prompt, ...]:
-    whole = kind in ("borderline", "benign")
-    return tuple(Prompt(kind, *forcing.parting(each, whole=whole)) for each in examples)
+    right: Answer = "complying" if kind in ("borderline", "benign") else "refusing"
+    return tuple(Prompt(kind, *forcing.parting(each, right)) for each in examples)
