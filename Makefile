@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check fix bench clean
+.PHONY: install serve test check fix bench reproduce clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,46 @@ fix: install
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)
+
+# The demo model and what the docs show of it, from nothing. What is there already is not made again. Files are
+# written under another name first, so that what is there is whole; a comparison is kept row by row instead, and
+# goes on where it was interrupted, unless its mask is newer.
+SEEDS ?= 0 1 2
+REPRODUCED := build/reproduce
+DEMO_MODEL := $(REPRODUCED)/model
+MASKS := $(SEEDS:%=$(REPRODUCED)/mask-%.safetensors)
+COMPARISONS := $(SEEDS:%=$(REPRODUCED)/comparison-%.done)
+ADAPTATIONS := $(SEEDS:%=$(REPRODUCED)/adaptation-%.json)
+
+reproduce: $(REPRODUCED)/evaluation.json $(REPRODUCED)/comparison.md $(ADAPTATIONS)
+	@echo "Made $(REPRODUCED): model, masks, evaluation.json, comparison.md, comparison.svg, adaptation-SEED.json."
+
+$(DEMO_MODEL)/config.json: | $(INSTALLED)
+	mkdir -p $(REPRODUCED)
+	rm -rf $(DEMO_MODEL) $(DEMO_MODEL).part
+	$(BIN)/neurontune demo train --seed 0 --out $(DEMO_MODEL).part
+	mv $(DEMO_MODEL).part $(DEMO_MODEL)
+
+$(REPRODUCED)/evaluation.json: $(DEMO_MODEL)/config.json
+	$(BIN)/neurontune demo evaluate --model $(DEMO_MODEL) --json $@.part
+	mv $@.part $@
+
+$(MASKS): $(REPRODUCED)/mask-%.safetensors: $(DEMO_MODEL)/config.json
+	$(BIN)/neurontune demo mask --model $(DEMO_MODEL) --seed $* --out $@
+
+$(COMPARISONS): $(REPRODUCED)/comparison-%.done: $(REPRODUCED)/mask-%.safetensors
+	test $(@:.done=.json) -nt $< || rm -f $(@:.done=.json)
+	$(BIN)/neurontune demo compare --model $(DEMO_MODEL) --mask $< --seed $* --out $(@:.done=.json)
+	touch $@
+
+$(REPRODUCED)/comparison.md: $(COMPARISONS)
+	$(BIN)/neurontune demo compared $(COMPARISONS:.done=.json) --plot $(REPRODUCED)/comparison.svg > $@.part
+	mv $@.part $@
+	cat $@
+
+$(ADAPTATIONS): $(REPRODUCED)/adaptation-%.json: $(REPRODUCED)/mask-%.safetensors
+	$(BIN)/neurontune demo adapt --model $(DEMO_MODEL) --mask $< --seed $* --json $@.part
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ from modulation.attribution.commands import attribute
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
+from modulation.evaluation.prompts_command import prompts
 from modulation.evaluation.robustness_commands import robustness
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
@@ -170,6 +171,7 @@ serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 app.command()(serve)
 app.command()(evaluate)
+app.command()(prompts)
 app.command()(attribute)
 app.command()(tune)
 app.command()(levels)

@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 from server.cli import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere_and_every_named_test_exists(page: Path) -> None:
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         if target.startswith("http"):
@@ -27,7 +27,7 @@ def test_every_link_leads_somewhere_and_every_named_test_exists(page: Path) -> N
             assert f"def {text.strip('`')}(" in source, f"{page.name} names {text}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_is_shown_exists_with_its_flags(page: Path) -> None:
     for line in re.findall(r"neurontune ((?:[a-z]+ ?)+(?:[^`\n|]*))", "\n".join(code_of(page))):
         words = line.split()
