@@ -30,10 +30,12 @@ from modulation.tuning.tasks import SHARES, Drawn, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a batch showed: the refusal margin of each prompt, float32 (prompts,), and the terms."""
+    """What a batch showed: the refusal margin of each prompt, float32 (prompts,), the terms, and over how
+    many prompts or tokens each is a mean."""
 
     margins: Tensor
     terms: dict[str, Tensor]
+    sizes: dict[str, int]
 
     @property
     def loss(self) -> Tensor:
@@ -54,7 +56,7 @@ class Objective:
         """Differentiable in `parameters`, float32 (groups,)."""
         self.modulator.use_factors(self.shape.factors(parameters))
         margins = torch.zeros(len(drawn.prompts), device=self.modulator.model.device)
-        terms: dict[str, Tensor] = {}
+        means: dict[str, tuple[Tensor, int]] = {}
         # Right answers are much longer than what is forced on harmful prompts: padded apart.
         for is_helpful in (False, True):
             chosen = [row for row, each in enumerate(drawn.prompts) if each.is_helpful == is_helpful]
@@ -64,17 +66,21 @@ class Objective:
                 margins = margins.index_put(
                     (torch.tensor(chosen, device=margins.device),), partings(answers, prompts)
                 )
-                terms |= self._answer_terms(answers, prompts) if is_helpful else {}
-        terms |= self._margin_terms(margins, drawn)
+                means |= self._answer_means(answers, prompts) if is_helpful else {}
+        means |= self._margin_means(margins, drawn)
         shrinkage = self.settings.shrinkage * parameters.square().mean()
-        terms["shrinkage"] = shrinkage.to(margins.device)
-        return Seen(margins, terms)
+        means["shrinkage"] = shrinkage.to(margins.device), len(parameters)
+        return Seen(
+            margins,
+            terms={name: value for name, (value, _) in means.items()},
+            sizes={name: size for name, (_, size) in means.items()},
+        )
 
     def _answers(self, prompts: Sequence[Prompt], thresholds: Sequence[Threshold]) -> AnswerTokens:
         with self.modulator.applied(thresholds) as model:
             return answer_tokens(model, [each.forced for each in prompts])
 
-    def _margin_terms(self, margins: Tensor, drawn: Drawn) -> dict[str, Tensor]:
+    def _margin_means(self, margins: Tensor, drawn: Drawn) -> dict[str, tuple[Tensor, int]]:
         signs, targets, weights = [], [], []
         for prompt, threshold in zip(drawn.prompts, drawn.thresholds, strict=True):
             signs.append(-1.0 if prompt.is_helpful else 1.0)
@@ -84,16 +90,19 @@ class Objective:
             torch.tensor(each, device=margins.device) for each in (signs, targets, weights)
         )
         losses = weight * softplus(target - sign * margins)
-        terms = {}
+        means = {}
         for kind in map(str, SHARES):
             chosen = torch.tensor([each.kind == kind for each in drawn.prompts], device=margins.device)
             if chosen.any():
-                terms[kind] = losses[chosen].mean()
-        return terms
+                means[kind] = losses[chosen].mean(), int(chosen.sum())
+        return means
 
-    def _answer_terms(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    def _answer_means(
+        self, answers: AnswerTokens, prompts: Sequence[Prompt]
+    ) -> dict[str, tuple[Tensor, int]]:
         """Of right answers: they stay likely, and close to the base model's."""
-        terms: dict[str, Tensor] = {"likelihood": -self.settings.likelihood_weight * answers.chosen.mean()}
+        likelihood = -self.settings.likelihood_weight * answers.chosen.mean()
+        means = {"likelihood": (likelihood, len(answers.chosen))}
         begins = [each.parting.place + 1 if each.kind == "borderline" else 0 for each in prompts]
         settled = answers.places >= torch.tensor(begins, device=answers.rows.device)[answers.rows]
         if self.settings.divergence_weight and settled.any():
@@ -101,8 +110,8 @@ class Objective:
             distance = kl_div(
                 answers.predicted[settled], base.predicted[settled], reduction="batchmean", log_target=True
             )
-            terms["divergence"] = self.settings.divergence_weight * distance
-        return terms
+            means["divergence"] = self.settings.divergence_weight * distance, int(settled.sum())
+        return means
 
     @torch.no_grad()
     def _base(self, prompts: Sequence[Prompt]) -> AnswerTokens:
