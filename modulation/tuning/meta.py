@@ -10,7 +10,7 @@ did not depend on the start (FOMAML). `erm` has no inner steps and draws from al
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,8 @@ def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int =
     drawn = tasks.sample(
         random.Random(f"{seed}/validation"), objective.settings.validation_size, objective.aims
     )
-    losses, sides = 0.0, {"attacked": [0, 0], "borderline": [0, 0]}
+    parts: list[Seen] = []
+    sides = {"attacked": [0, 0], "borderline": [0, 0]}
     with torch.no_grad():
         for start in range(0, len(drawn.prompts), _VALIDATION_BATCH):
             part = Drawn(
@@ -104,7 +105,7 @@ def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int =
                 drawn.thresholds[start : start + _VALIDATION_BATCH],
             )
             seen = objective(parameters, part)
-            losses += _of_data(seen) * len(part.prompts)
+            parts.append(seen)
             for prompt, margin in zip(part.prompts, seen.margins.tolist(), strict=True):
                 if prompt.kind in sides:
                     wrong = margin > 0 if prompt.kind == "borderline" else margin < 0
@@ -112,14 +113,19 @@ def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int =
                     sides[prompt.kind][1] += 1
     shares = {kind: wrong / max(1, total) for kind, (wrong, total) in sides.items()}
     return {
-        "loss": losses / len(drawn.prompts),
+        "loss": _of_data(parts),
         "attack_success": shares["attacked"],
         "over_refusal": shares["borderline"],
     }
 
 
-def _of_data(seen: Seen) -> float:
-    return float(sum(term.item() for name, term in seen.terms.items() if name != "shrinkage"))
+def _of_data(parts: Sequence[Seen]) -> float:
+    """The loss without shrinkage as if all prompts had been in one batch: each term a mean over all."""
+    total = 0.0
+    for name in dict.fromkeys(name for part in parts for name in part.terms if name != "shrinkage"):
+        means = [(part.terms[name].item(), part.sizes[name]) for part in parts if name in part.terms]
+        total += sum(mean * size for mean, size in means) / sum(size for _, size in means)
+    return total
 
 
 def _inner_step(

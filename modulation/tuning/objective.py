@@ -32,10 +32,12 @@ from modulation.tuning.tasks import SHARES, Drawn, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a batch showed: the refusal margin of each prompt, float32 (prompts,), and the terms."""
+    """What a batch showed: the refusal margin of each prompt, float32 (prompts,), the terms, and over how
+    many prompts or tokens each is a mean."""
 
     margins: Tensor
     terms: dict[str, Tensor]
+    sizes: dict[str, int]
 
     @property
     def loss(self) -> Tensor:
@@ -56,7 +58,7 @@ class Objective:
         """Differentiable in `parameters`, float32 (groups,)."""
         self.modulator.use_factors(self.shape.factors(parameters))
         margins = torch.zeros(len(drawn.prompts), device=self.modulator.model.device)
-        terms: dict[str, Tensor] = {}
+        means: dict[str, tuple[Tensor, int]] = {}
         answered: dict[str, list[Tensor]] = {"likelihood": [], "divergence": []}
         # Answers that help are longer than refusals: padded apart.
         for is_helpful in (False, True):
@@ -73,17 +75,22 @@ class Objective:
                     answered["divergence"].append(self._divergences(answers, prompts))
         for name, values in answered.items():
             if values:
-                terms[name] = getattr(self.settings, f"{name}_weight") * torch.cat(values).mean()
-        terms |= self._margin_terms(margins, drawn)
+                each = torch.cat(values)
+                means[name] = getattr(self.settings, f"{name}_weight") * each.mean(), len(each)
+        means |= self._margin_means(margins, drawn)
         shrinkage = self.settings.shrinkage * parameters.square().mean()
-        terms["shrinkage"] = shrinkage.to(margins.device)
-        return Seen(margins, terms)
+        means["shrinkage"] = shrinkage.to(margins.device), len(parameters)
+        return Seen(
+            margins,
+            terms={name: value for name, (value, _) in means.items()},
+            sizes={name: size for name, (_, size) in means.items()},
+        )
 
     def _answers(self, prompts: Sequence[Prompt], thresholds: Sequence[Threshold]) -> AnswerTokens:
         with self.modulator.applied(thresholds) as model:
             return answer_tokens(model, [each.forced for each in prompts])
 
-    def _margin_terms(self, margins: Tensor, drawn: Drawn) -> dict[str, Tensor]:
+    def _margin_means(self, margins: Tensor, drawn: Drawn) -> dict[str, tuple[Tensor, int]]:
         signs, targets, weights = [], [], []
         for prompt, threshold in zip(drawn.prompts, drawn.thresholds, strict=True):
             signs.append(-1.0 if prompt.is_helpful else 1.0)
@@ -93,12 +100,12 @@ class Objective:
             torch.tensor(each, device=margins.device) for each in (signs, targets, weights)
         )
         losses = weight * softplus(target - sign * margins)
-        terms = {}
+        means = {}
         for kind in map(str, SHARES):
             chosen = torch.tensor([each.kind == kind for each in drawn.prompts], device=margins.device)
             if chosen.any():
-                terms[kind] = losses[chosen].mean()
-        return terms
+                means[kind] = losses[chosen].mean(), int(chosen.sum())
+        return means
 
     def _divergences(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:
         """KL(base || modulated) of each right answer, summed over its settled tokens: float32 (prompts,)."""

@@ -145,6 +145,20 @@ def test_validation_counts_margins_on_the_wrong_side(model: PreTrainedModel) -> 
     assert len(attacked) == 5 and len(borderline) == 2
 
 
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_validation_in_batches_is_that_of_one_batch(
+    model: PreTrainedModel, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts come kind by kind. Batches were once weighted by their number of prompts, so that a kind which
+    fell into two of them counted double, and the factors taken were the best of another loss."""
+    objective, tasks = objective_of(model), tasks_of(model)
+    whole = validate(objective, tasks, start_at())
+    seen = objective(start_at(), tasks.sample(random.Random("0/validation"), 48, objective.aims))
+    assert whole["loss"] == pytest.approx((seen.loss - seen.terms["shrinkage"]).item(), rel=1e-5)
+    monkeypatch.setattr("modulation.tuning.meta._VALIDATION_BATCH", size)
+    assert validate(objective, tasks, start_at()) == pytest.approx(whole, rel=1e-5)
+
+
 class Stopped(Exception):
     """What stands for a kill in these tests."""
 
