@@ -38,7 +38,6 @@ TEXT_WEIGHT: Final = 1.0
 
 _PLAIN: Final = "harmful"
 _ATTACK: Final = "attack: "
-_HELPFUL: Final = "helpful: "
 _TEXT: Final = "words of right answers"
 _REFUSALS: Final = "words of refusals"
 
@@ -59,7 +58,6 @@ def attack_aware(
     include_plain: bool = True,
     helpful_borderline: float = 0.5,
     margin_tokens: int = NUM_MARGIN_TOKENS,
-    utility_tokens: int = NUM_MARGIN_TOKENS,
     integrated: Integrated = "none",
     steps: int = 8,
 ) -> Scores:
@@ -72,10 +70,12 @@ def attack_aware(
 
     `cost`: `absolute` is the mean of absolute effects, in which what helps one prompt does not make up for
     what harms another; `positive` is the positive part of the mean effect.
-    `utility`: `helpful` is the effect on the log-probability of the right answers' first `utility_tokens`
-    tokens (0: whole answers) to benign prompts and, with the share `helpful_borderline`, to borderline
-    ones, less `attack_weight` times the mean effect towards going along with attacks; `complying` is the
-    effect towards going along with every attack, less the cost.
+    `utility`: `helpful` is the effect on the likelihood of the right answers, against that of refusing, to
+    benign prompts and, with the share `helpful_borderline`, to borderline ones, less `attack_weight` times
+    the mean effect towards going along with attacks; `complying` is the effect towards going along with
+    every attack, less the cost.
+    `text_weight`: how much it counts against a neuron, in both sets and either direction, that it moves the
+    words of right benign answers and of refusals: the mean absolute effect on their log-odds.
     `direction`: `amplify` scores what scaling a neuron up does; `either` the better of scaling it up and
     down, for factors that are learned: the tuning finds out which way.
     `integrated`, `steps`: see `gate_values`.
@@ -84,7 +84,7 @@ def attack_aware(
     """
     values = gate_values(integrated, steps)
     _check_words(utility=(utility, Utility), cost=(cost, Cost), direction=(direction, Direction))
-    _check_numbers(helpful_borderline, margin_tokens, utility_tokens)
+    _check_numbers(helpful_borderline, margin_tokens)
     _check_data(data, include_plain, borderline_weight, helpful_borderline if utility == "helpful" else 0.0)
     sites, forcing = find_sites(model), Forcing(model, tokenizer)
 
@@ -93,9 +93,6 @@ def attack_aware(
         effects = effects - _log_probability_effects(model, sites, [each.complying for each in batch], values)
         return {"effect": effects.sum(dim=0), "absolute": effects.abs().sum(dim=0)}
 
-    def likelihoods(batch: Sequence[Forced]) -> dict[str, Tensor]:
-        return {"effect": _log_probability_effects(model, sites, batch, values).sum(dim=0)}
-
     def words(batch: Sequence[Forced]) -> dict[str, Tensor]:
         effects = gate_effects(model, sites, lambda: answer_log_odds(model, batch), values)
         return {"absolute": effects.abs().sum(dim=0)}
@@ -103,14 +100,11 @@ def attack_aware(
     groups = {f"{_ATTACK}{family}": examples for family, examples in data.attacked.items()}
     groups |= {_PLAIN: data.harmful} if include_plain else {}
     groups |= {"benign": data.benign}
-    groups |= {"borderline": data.borderline} if borderline_weight else {}
+    shares = _helpful_shares(helpful_borderline) if utility == "helpful" else {}
+    groups |= {"borderline": data.borderline} if borderline_weight or "borderline" in shares else {}
     passes: list[Pass[Both] | Pass[Forced]] = [
         Pass(name, forcing.both(examples, margin_tokens), margins) for name, examples in groups.items()
     ]
-    shares = _helpful_shares(helpful_borderline) if utility == "helpful" else {}
-    for group in shares:
-        right = forcing.complying(getattr(data, group), utility_tokens)
-        passes.append(Pass(f"{_HELPFUL}{group}", right, likelihoods))
     if text_weight:
         passes.append(Pass(_TEXT, forcing.complying(data.benign, WHOLE), words))
         passes.append(Pass(_REFUSALS, forcing.refusing(data.harmful, WHOLE), words))
@@ -119,7 +113,7 @@ def attack_aware(
     harmful = [totals[name].mean("effect") for name in groups if name == _PLAIN or name.startswith(_ATTACK)]
     weights = {"benign": benign_weight, "borderline": borderline_weight}
     attacks = [totals[name].mean("effect") for name in groups if name.startswith(_ATTACK)]
-    helpful = _weighted({name: totals[f"{_HELPFUL}{name}"].mean("effect") for name in shares}, shares)
+    helpful = _weighted({name: -totals[name].mean("effect") for name in shares}, shares)
 
     breaks = [totals[name].mean("absolute") for name in (_TEXT, _REFUSALS) if name in totals]
     broken = text_weight * sum(breaks, torch.zeros(()))
@@ -178,12 +172,13 @@ def _check_words(**given: tuple[str, Any]) -> None:
             raise DataError(f"Option {name}={value!r} is unknown; accepted: {', '.join(get_args(accepted))}.")
 
 
-def _check_numbers(helpful_borderline: float, margin_tokens: int, utility_tokens: int) -> None:
+def _check_numbers(helpful_borderline: float, margin_tokens: int) -> None:
     if not 0 <= helpful_borderline <= 1:
         raise DataError(f"Option helpful_borderline={helpful_borderline:g}: a share from 0 to 1 is needed.")
-    for name, number in (("margin_tokens", margin_tokens), ("utility_tokens", utility_tokens)):
-        if number < 0:
-            raise DataError(f"Option {name}={number}: a whole number from 0 is needed (0: all tokens).")
+    if margin_tokens < 0:
+        raise DataError(
+            f"Option margin_tokens={margin_tokens}: a whole number from 0 is needed (0: all tokens)."
+        )
 
 
 def _check_data(

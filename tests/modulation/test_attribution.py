@@ -70,8 +70,9 @@ def strongest(scores: Tensor) -> list[tuple[int, int]]:
 def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_cost(family: str) -> None:
     model = double_model(family)
     found = attribute(
-        attack_aware, model, benign_weight=0.6, borderline_weight=0.3, cost="absolute", direction="amplify"
-    )
+        attack_aware, model, benign_weight=0.6, borderline_weight=0.3, cost="absolute",
+        direction="amplify", text_weight=0.0,
+    )  # fmt: skip
     for neuron in strongest(found.safety):
         groups = (DATA.harmful, *DATA.attacked.values())
         least = min(slopes(model, examples, neuron, margin).mean() for examples in groups)
@@ -86,7 +87,7 @@ def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_
 def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -> None:
     found = attribute(
         attack_aware, model, cost="positive", include_plain=False, utility="complying",
-        benign_weight=0.7, borderline_weight=0.25, direction="amplify",
+        benign_weight=0.7, borderline_weight=0.25, direction="amplify", text_weight=0.0,
     )  # fmt: skip
     for neuron in [*strongest(found.safety), *strongest(found.utility)]:
         groups = [slopes(model, each, neuron, margin).mean() for each in DATA.attacked.values()]
@@ -99,23 +100,27 @@ def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -
         assert found.utility[neuron].item() == pytest.approx(utility, rel=0.02, abs=0.005)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 2])
-def test_a_utility_neuron_makes_right_answers_likelier(model: PreTrainedModel, num_tokens: int) -> None:
-    found = attribute(
-        attack_aware, model, helpful_borderline=0.25, utility_tokens=num_tokens, attack_weight=0.8,
-        direction="amplify",
-    )  # fmt: skip
+def log_odds(model: PreTrainedModel, example: Example, answer: str) -> float:
+    """Of every token of the answer, log p / (1 - p), their mean, one token at a time."""
+    tokens, start = tokens_of(TOKENIZER, example, answer)
+    with torch.no_grad():
+        shares = model(torch.tensor([tokens])).logits[0].double().softmax(-1)
+    each = [shares[place - 1, tokens[place]].item() for place in range(start, len(tokens))]
+    return float(np.mean([np.log(share / (1 - share)) for share in each]))
 
-    def likelihood(model: PreTrainedModel, example: Example) -> float:
-        return log_probability(model, example, example.complying, num_tokens or 99)
 
-    for neuron in strongest(found.utility):
-        benign, borderline = (
-            slopes(model, examples, neuron, likelihood).mean() for examples in (DATA.benign, DATA.borderline)
-        )
-        attacks = [slopes(model, each, neuron, margin).mean() for each in DATA.attacked.values()]
-        expected = 0.75 * benign + 0.25 * borderline - 0.8 * max(0, -np.mean(attacks))
-        assert found.utility[neuron].item() == pytest.approx(expected, rel=0.02, abs=0.005)
+@pytest.mark.parametrize("kind", ["safety", "utility"])
+def test_a_neuron_that_moves_the_words_of_right_answers_and_refusals_counts_less(
+    model: PreTrainedModel, kind: str
+) -> None:
+    scores = [getattr(attribute(attack_aware, model, text_weight=weight), kind) for weight in (0.0, 0.5)]
+    for neuron in strongest(scores[0]):
+        words = [
+            np.abs(slopes(model, examples, neuron, lambda m, e: log_odds(m, e, getattr(e, answer)))).mean()  # noqa: B023
+            for examples, answer in ((DATA.benign, "complying"), (DATA.harmful, "refusing"))
+        ]
+        lost = (scores[0] - scores[1])[neuron].item()
+        assert lost == pytest.approx(0.5 * sum(words), rel=0.02, abs=0.005)
 
 
 @pytest.mark.parametrize("kind", ["safety", "utility"])
@@ -123,7 +128,7 @@ def test_in_either_direction_a_neuron_counts_by_the_better_of_scaling_it_up_and_
     model: PreTrainedModel, kind: str
 ) -> None:
     """Down is up with all slopes turned round."""
-    found = getattr(attribute(attack_aware, model), kind)
+    found = getattr(attribute(attack_aware, model, text_weight=0.0, attack_weight=0.8), kind)
     for neuron in strongest(found):
         groups = {
             name: slopes(model, each, neuron, margin).mean()
@@ -145,7 +150,7 @@ def test_in_either_direction_a_neuron_counts_by_the_better_of_scaling_it_up_and_
             - 0.5 * max(0, sign * benign)
             - 0.5 * max(0, sign * borderline)
             if kind == "safety"
-            else sign * help_ - max(0, -sign * attacks)
+            else sign * help_ - 0.8 * max(0, -sign * attacks)
             for sign in (1, -1)
         ]
         assert found[neuron].item() == pytest.approx(max(scores), rel=0.02, abs=0.005)
@@ -156,18 +161,17 @@ def test_integrated_effects_of_all_neurons_add_up_to_what_all_gates_change(
     model: PreTrainedModel, integrated: str, start: float
 ) -> None:
     """Completeness (arXiv 1703.01365, proposition 1), which no implementation detail can fake."""
-    data = replace(DATA, benign=(ONE,))
+    data = replace(DATA, attacked={"one": (ONE,)})
     found = attribute(
-        attack_aware, model, data, integrated=integrated, steps=32,
-        benign_weight=0.0, borderline_weight=0.0, helpful_borderline=0.0, utility_tokens=4,
-        attack_weight=0.0, direction="amplify",
+        attack_aware, model, data, integrated=integrated, steps=32, include_plain=False,
+        benign_weight=0.0, borderline_weight=0.0, text_weight=0.0, direction="amplify",
     )  # fmt: skip
     ends = []
     for factor in (start + 1, start):
         with scaled(model, 0, slice(None), factor), scaled(model, 1, slice(None), factor):
             with scaled(model, 2, slice(None), factor):
-                ends.append(log_probability(model, ONE, ONE.complying, 4))
-    assert found.utility.sum().item() == pytest.approx(ends[0] - ends[1], rel=0.02, abs=0.02)
+                ends.append(margin(model, ONE))
+    assert found.safety.sum().item() == pytest.approx(ends[0] - ends[1], rel=0.02, abs=0.02)
 
 
 def mean_of(model: PreTrainedModel, examples: tuple[Example, ...], answer: str) -> np.ndarray:

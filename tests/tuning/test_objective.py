@@ -62,9 +62,9 @@ def weights_scaled(
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, example: Example) -> tuple[np.ndarray, list[int]]:
-    """At every token of the complying answer, of all tokens: (tokens, vocabulary); and the tokens."""
-    tokens, start = tokens_of(TOKENIZER, example, example.complying)
+def log_probabilities(model: PreTrainedModel, example: Example, answer: str) -> tuple[np.ndarray, list[int]]:
+    """At every token of the answer, of all tokens: (tokens, vocabulary); and the answer's tokens."""
+    tokens, start = tokens_of(TOKENIZER, example, answer)
     logits = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     return logits[start - 1 : -1].numpy(), tokens[start:]
 
@@ -89,14 +89,15 @@ def expected(
     divergences: list[float] = []
     s = objective.settings
     for kind, example, threshold in rows:
-        base, answer = log_probabilities(model, example)
+        helpful = kind in ("borderline", "benign")
+        right = example.complying if helpful else example.refusing
+        base, answer = log_probabilities(model, example, right)
         with weights_scaled(model, mask, factors, threshold):
-            moved, _ = log_probabilities(model, example)
+            moved, _ = log_probabilities(model, example, right)
         place, refusing, complying = parting_of(example)
         margin = moved[place, refusing] - moved[place, complying]
         margins.append(margin)
         share = threshold.num_safety / NUM_SAFETY
-        helpful = kind in ("borderline", "benign")
         weight = {
             "attacked": s.attacked_weight_low * (1 - share) + s.attacked_weight * share,
             "borderline": s.borderline_weight_low * (1 - share) + s.borderline_weight * share,
@@ -111,9 +112,9 @@ def expected(
         }[kind]
         losses[kind].append(weight * np.log1p(np.exp(target + (margin if helpful else -margin))))
         if helpful:
-            likelihoods += [moved[n, token] for n, token in enumerate(answer)]
-            begin = place + 1 if kind == "borderline" else 0
-            divergences += list((np.exp(base) * (base - moved)).sum(axis=1)[begin:])
+            likelihoods.append(sum(moved[n, token] for n, token in enumerate(answer)))
+        begin = 0 if kind == "benign" else place + 1
+        divergences.append((np.exp(base) * (base - moved)).sum(axis=1)[begin:].sum())
     terms = {kind: float(np.mean(each)) for kind, each in losses.items()}
     terms["likelihood"] = -s.likelihood_weight * float(np.mean(likelihoods))
     terms["divergence"] = s.divergence_weight * float(np.mean(divergences))
@@ -154,7 +155,7 @@ def test_a_borderline_answer_is_held_to_the_base_model_only_after_the_parting(
     both = Drawn((prompt, at_parting), (Threshold(10, 8),) * 2)
     alone = Drawn((at_parting,), (Threshold(10, 8),))
     assert objective(parameters(), both).terms["divergence"].item() > 0
-    assert "divergence" not in objective(parameters(), alone).terms
+    assert objective(parameters(), alone).terms["divergence"].item() == 0
 
 
 def test_a_kind_that_is_not_in_the_batch_has_no_term(model: PreTrainedModel) -> None:
