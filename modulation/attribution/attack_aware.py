@@ -85,7 +85,12 @@ def attack_aware(
     values = gate_values(integrated, steps)
     _check_words(utility=(utility, Utility), cost=(cost, Cost), direction=(direction, Direction))
     _check_numbers(helpful_borderline, margin_tokens)
-    _check_data(data, include_plain, borderline_weight, helpful_borderline if utility == "helpful" else 0.0)
+    _check_data(
+        data,
+        include_plain or text_weight > 0,
+        borderline_weight,
+        helpful_borderline if utility == "helpful" else 0.0,
+    )
     sites, forcing = find_sites(model), Forcing(model, tokenizer)
 
     def margins(batch: Sequence[Both]) -> dict[str, Tensor]:
@@ -182,9 +187,9 @@ def _check_numbers(helpful_borderline: float, margin_tokens: int) -> None:
 
 
 def _check_data(
-    data: AttributionData, include_plain: bool, borderline_weight: float, helpful_borderline: float
+    data: AttributionData, needs_plain: bool, borderline_weight: float, helpful_borderline: float
 ) -> None:
-    data.require("attacked", "benign", *(["harmful"] if include_plain else []))
+    data.require("attacked", "benign", *(["harmful"] if needs_plain else []))
     if borderline_weight or helpful_borderline:
         data.require(
             "borderline",

@@ -28,7 +28,6 @@ from tests.modulation.attributing import (
     TWO,
     activations,
     double_model,
-    log_probability,
     margin,
     scaled,
     tokens_of,
@@ -139,18 +138,13 @@ def test_in_either_direction_a_neuron_counts_by_the_better_of_scaling_it_up_and_
         )
         attacks = np.mean([groups[name] for name in DATA.attacked])
 
-        def right(model: PreTrainedModel, example: Example) -> float:
-            return log_probability(model, example, example.complying, 4)
-
-        help_ = np.mean(
-            [slopes(model, each, neuron, right).mean() for each in (DATA.benign, DATA.borderline)]
-        )
+        useful = -np.mean([benign, borderline])
         scores = [
             min(sign * each for each in groups.values())
             - 0.5 * max(0, sign * benign)
             - 0.5 * max(0, sign * borderline)
             if kind == "safety"
-            else sign * help_ - 0.8 * max(0, -sign * attacks)
+            else sign * useful - 0.8 * max(0, -sign * attacks)
             for sign in (1, -1)
         ]
         assert found[neuron].item() == pytest.approx(max(scores), rel=0.02, abs=0.005)
@@ -349,9 +343,14 @@ def test_a_method_says_which_prompts_it_lacks(left_out: str, method: str, model:
 
 def test_what_has_no_weight_need_not_be_there(model: PreTrainedModel) -> None:
     data = replace(DATA, harmful=(), borderline=())
-    attribute(attack_aware, model, data, include_plain=False, borderline_weight=0.0, helpful_borderline=0.0)
+    attribute(
+        attack_aware, model, data, include_plain=False, borderline_weight=0.0, helpful_borderline=0.0,
+        text_weight=0.0,
+    )  # fmt: skip
     with pytest.raises(DataError, match="helpful_borderline=0 do without"):
-        attribute(attack_aware, model, data, include_plain=False, borderline_weight=0.0)
+        attribute(attack_aware, model, data, include_plain=False, borderline_weight=0.0, text_weight=0.0)
+    with pytest.raises(DataError, match="no harmful prompts"):
+        attribute(attack_aware, model, replace(DATA, harmful=()), include_plain=False)
 
 
 @pytest.mark.parametrize(

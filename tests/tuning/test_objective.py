@@ -160,7 +160,7 @@ def test_a_borderline_answer_is_held_to_the_base_model_only_after_the_parting(
 
 def test_a_kind_that_is_not_in_the_batch_has_no_term(model: PreTrainedModel) -> None:
     drawn = Drawn(tasks_of(model).harmful, (Threshold(3, 3),) * 3)
-    assert set(objective_of(model)(parameters(), drawn).terms) == {"harmful", "shrinkage"}
+    assert set(objective_of(model)(parameters(), drawn).terms) == {"harmful", "divergence", "shrinkage"}
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
