@@ -11,6 +11,7 @@ did not depend on the start (FOMAML). `erm` has no inner steps and draws from al
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,8 +213,7 @@ def _outer_gradient(
     support_families, query_families = tasks.support_and_query(source)
     adapted = start
     # Only the plain attention kernel has a second derivative.
-    kernels = [SDPBackend.MATH] if settings.second_order else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels):
+    with sdpa_kernel(SDPBackend.MATH) if settings.second_order else nullcontext():
         for _ in range(settings.inner_steps):
             support = tasks.draw(source, settings.support_size, objective.aims, support_families)
             stepped = _inner_step(
