@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final
 
+from modulation.attribution.base import Scores
 from modulation.attribution.methods import default_options, with_options
+from modulation.attribution.selection import ranked_sets
 from modulation.demo.masking import ACTIVE_SHARE, TUNING_PROMPTS_PER_TOPIC, Bench, examples, whole
 from modulation.demo.splits import all_records, learning_records, validation_records
 from modulation.evaluation.data import Record
@@ -38,7 +40,13 @@ _SCREENED_SHARE: Final = 0.34
 
 # Attribution methods at fixed factors; of attack_aware what amplifying does, since the factor is given.
 FIXED_METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "attack_aware, fixed factors": ("attack_aware", {"direction": "amplify", "utility": "complying"}),
+    "attack_aware, fixed factors": (
+        "attack_aware",
+        {
+            **{"direction": "amplify", "utility": "complying", "cost": "absolute", "include_plain": False},
+            **{"benign_weight": 0.7, "borderline_weight": 0.25, "text_weight": 0.0},
+        },
+    ),
     "contrast, fixed factors": ("contrast", {}),
     "contrastive_pairs, fixed factors": ("contrastive_pairs", {}),
     "set_difference (SNIP), fixed factors": ("set_difference", {"score": "snip"}),
@@ -118,7 +126,7 @@ class Rivals:
         scores = self.bench.scores(method, learning_records(self.bench.seed))
         return self._mask(scores, share, factors)
 
-    def _mask(self, scores: Any, share: float, factors: tuple[float, float]) -> Mask:
+    def _mask(self, scores: Scores, share: float, factors: tuple[float, float]) -> Mask:
         neurons = top_neurons(scores, *counts(self.bench.model, share))
         return draft(self.bench.model, "neurontune-demo", *neurons, factors=factors)
 
@@ -144,8 +152,14 @@ class Rivals:
             mask = self._mask(scores, setting.share, (setting.safety_factor, UTILITY_FACTOR))
             return Modulator(self.bench.model, mask).applied(whole(mask))
 
-        chosen: Fixed = self._best([Fixed(*each) for each in product(SHARES, SAFETY_FACTORS)], apply)
+        possible = [share for share in SHARES if self._has_enough(scores, share)]
+        chosen: Fixed = self._best([Fixed(*each) for each in product(possible, SAFETY_FACTORS)], apply)
         return chosen
+
+    def _has_enough(self, scores: Scores, share: float) -> bool:
+        num_safety, num_utility = counts(self.bench.model, share)
+        safety, utility = ranked_sets(scores, num_safety, num_utility)
+        return len(safety) == num_safety and len(utility) == num_utility
 
     def _steering(self) -> tuple[Applied, str]:
         model = self.bench.model
