@@ -39,9 +39,9 @@ def chosen(*points: Point, off: Point = OFF, less_safe: bool = False) -> list[tu
     return [(each.threshold.num_safety, each.threshold.num_utility) for each in levels.values()]
 
 
-def test_security_critical_is_the_least_asr_within_eight_points_of_over_refusal() -> None:
+def test_security_critical_is_the_least_asr_within_twelve_points_of_over_refusal() -> None:
     rest = [point(2, 2, 0.3, 0.2), point(3, 2, 0.5, 0.1)]
-    assert chosen(point(9, 2, 0.1, 0.28), point(10, 2, 0.0, 0.29), *rest)[0] == (9, 2)
+    assert chosen(point(9, 2, 0.1, 0.32), point(10, 2, 0.0, 0.33), *rest)[0] == (9, 2)
 
 
 def test_balanced_is_the_best_harmonic_mean_that_refuses_no_more_than_off() -> None:
@@ -85,9 +85,9 @@ def test_no_level_costs_more_than_a_point_of_benign_answers_or_any_plain_refusal
 def test_a_rule_that_no_point_satisfies_is_passed_over() -> None:
     """All cost benign answers, refuse more, and are hardly safer: there are levels all the same.
 
-    security-critical 0.6; balanced: harmonic means of (0.4, 0.5), (0.3, 0.6), (0.25, 0.7) less the first.
+    security-critical 0.6; balanced: harmonic means of (0.4, 0.5), (0.3, 0.6), (0.25, 0.65) less the first.
     """
-    points = point(3, 2, 0.6, 0.5, 0.9), point(2, 2, 0.7, 0.4, 0.9), point(1, 2, 0.75, 0.3, 0.9)
+    points = point(3, 2, 0.6, 0.5, 0.9), point(2, 2, 0.7, 0.4, 0.9), point(1, 2, 0.75, 0.35, 0.9)
     assert chosen(*points) == [(3, 2), (2, 2), (1, 2)]
 
 
@@ -123,7 +123,7 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    assert all(words in RULE for words in ("1 point below", "8 points above", "0.7 times"))
+    assert all(words in RULE for words in ("1 point below", "12 points above", "0.7 times"))
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
