@@ -19,7 +19,7 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare as compare_rows
 from modulation.demo.comparison import comparison_table, read_results, save_plot
 from modulation.demo.corpus import family_names, records
-from modulation.demo.fewshot import ADAPTATION_RATE, ADAPTATION_STEPS, adaptation_table, adaptations
+from modulation.demo.fewshot import adaptation_table, adaptations
 from modulation.demo.masking import Bench, make_mask
 from modulation.demo.rivals import Rivals
 from modulation.demo.scorecard import Scorecard, score, scorecard_records
@@ -33,7 +33,7 @@ from modulation.flags import refuse_unwritable
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
-from modulation.tuning.settings import TuningSettings
+from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 NOT_WRAPPED = "none"
 

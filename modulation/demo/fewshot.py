@@ -25,8 +25,6 @@ from modulation.tuning.runs import AdaptationRun, adapt_mask
 from modulation.tuning.settings import TuningSettings
 
 NUM_SHOTS: Final = 12
-ADAPTATION_STEPS: Final = 3
-ADAPTATION_RATE: Final = 0.3
 BORDERLINE_PER_TOPIC: Final = 4
 
 

@@ -17,7 +17,7 @@ from modulation.demo import DEMO
 from modulation.flags import Device, Dtype, refuse_unwritable
 from modulation.opening import model_id, open_model
 from modulation.tuning.flags import refuse_misfits
-from modulation.tuning.settings import TuningSettings
+from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 if TYPE_CHECKING:
     from modulation.attribution.scores import ScoresFile
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from modulation.tuning.runs import Tuned
 
 SHARE: Final = 0.0198
-ADAPTATION_STEPS: Final = 3
-ADAPTATION_RATE: Final = 0.3
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from modulation.tuning.aims import Aims
 from modulation.tuning.factors import FactorShape
 from modulation.tuning.meta import Learned, OnStep, adapt, learn
 from modulation.tuning.objective import Objective
-from modulation.tuning.settings import TuningSettings
+from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 from modulation.tuning.tasks import tasks_from
 
 # Factors are kept in float32: a learned one may stand on its bound.
@@ -46,8 +46,8 @@ class AdaptationRun:
     """A few inner steps on the prompts of a new attack family, from the factors of a tuned mask."""
 
     settings: TuningSettings
-    num_steps: int = 3
-    rate: float = 0.3
+    num_steps: int = ADAPTATION_STEPS
+    rate: float = ADAPTATION_RATE
     seed: int = 0
 
 

@@ -4,11 +4,15 @@ Knows names and numbers. Knows nothing of models or of how they are used.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modulation.errors import DataError
+
+# Few-shot adaptation: how many inner steps, and how far one goes.
+ADAPTATION_STEPS: Final = 3
+ADAPTATION_RATE: Final = 3.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

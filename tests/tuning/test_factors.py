@@ -94,12 +94,16 @@ def test_a_batch_has_every_kind_by_its_share() -> None:
     assert {prompt.kind for prompt in least.prompts} == set(counts)
 
 
-def test_harmful_answers_end_where_they_part_and_right_ones_are_whole() -> None:
+def test_what_is_forced_is_the_whole_right_answer_to_harm_the_refusal() -> None:
     tasks = tasks_of(double_model())
-    (*_, late) = tasks.harmful
-    assert len(late.forced.tokens) - late.forced.start == late.parting.place + 1 == 4
-    (*_, later) = tasks.borderline
-    assert len(later.forced.tokens) - later.forced.start == len("a use of it")
+    for prompts, examples, answer in (
+        (tasks.harmful, DATA.harmful, "refusing"),
+        (tasks.borderline, DATA.borderline, "complying"),
+    ):
+        for prompt, example in zip(prompts, examples, strict=True):
+            text = TOKENIZER.decode(prompt.forced.tokens[prompt.forced.start :])
+            assert text == getattr(example, answer)
+    assert tasks.harmful[-1].parting.place == 3
 
 
 @pytest.mark.parametrize("left_out", ["harmful", "attacked", "borderline", "benign"])
