@@ -32,9 +32,9 @@ Direction = Literal["either", "amplify"]
 
 # How much what a neuron does to benign and to borderline prompts counts against it. Chosen on the demo
 # model's validation prompts, see docs/method.md.
-BENIGN_WEIGHT: Final = 0.2
-BORDERLINE_WEIGHT: Final = 0.2
-TEXT_WEIGHT: Final = 2.0
+BENIGN_WEIGHT: Final = 0.5
+BORDERLINE_WEIGHT: Final = 0.5
+TEXT_WEIGHT: Final = 1.0
 
 _PLAIN: Final = "harmful"
 _ATTACK: Final = "attack: "

@@ -72,11 +72,11 @@ def test_utility_priority_is_the_least_over_refusal_with_asr_well_below_off() ->
     ) == [(9, 2), (7, 2), (4, 2)]
 
 
-def test_no_level_costs_more_than_a_point_of_benign_answers_or_any_plain_refusal() -> None:
+def test_no_level_costs_more_than_two_points_of_benign_answers_or_any_plain_refusal() -> None:
     assert chosen(
-        point(9, 2, 0.0, 0.2, 0.985),
+        point(9, 2, 0.0, 0.2, 0.975),
         point(8, 2, 0.0, 0.2, 1.0, 0.89),
-        point(7, 2, 0.2, 0.2, 0.99, 0.9),
+        point(7, 2, 0.2, 0.2, 0.98, 0.9),
         point(6, 2, 0.3, 0.2),
         point(5, 2, 0.4, 0.1),
     ) == [(7, 2), (6, 2), (5, 2)]
@@ -89,6 +89,20 @@ def test_a_rule_that_no_point_satisfies_is_passed_over() -> None:
     """
     points = point(3, 2, 0.6, 0.5, 0.9), point(2, 2, 0.7, 0.4, 0.9), point(1, 2, 0.75, 0.35, 0.9)
     assert chosen(*points) == [(3, 2), (2, 2), (1, 2)]
+
+
+def test_the_levels_are_three_points_from_the_safest_to_the_least_safe() -> None:
+    """A curve with two sound points once made `utility-priority` safer than `security-critical`, or two
+    levels of one point."""
+    levels = chosen(
+        point(4, 4, 0.5, 0.1),
+        point(4, 2, 0.55, 0.1),
+        point(8, 2, 0.4, 0.4),  # sound, but refuses too much
+        point(9, 2, 0.2, 0.2, 0.9),
+    )
+    assert levels == [(8, 2), (4, 4), (4, 2)]
+    few = point(4, 4, 0.5, 0.1), point(8, 2, 0.4, 0.4, 0.9), point(9, 2, 0.2, 0.4, 0.8)
+    assert len(set(chosen(*few))) == 3
 
 
 def test_ties_go_to_the_lower_asr_and_then_to_fewer_neurons() -> None:
@@ -123,7 +137,7 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    assert all(words in RULE for words in ("1 point below", "12 points above", "0.7 times"))
+    assert all(words in RULE for words in ("2 points below", "12 points above", "0.7 times"))
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
