@@ -44,8 +44,8 @@ class TuningSettings(BaseModel):
 
     attacked_weight: Weight = 2.5
     attacked_weight_low: Weight = 0.3
-    borderline_weight: Weight = 1.0
-    borderline_weight_low: Weight = 1.5
+    borderline_weight: Weight = 2.0
+    borderline_weight_low: Weight = 2.0
     harmful_weight: Weight = 0.5
     benign_weight: Weight = 1.0
     likelihood_weight: Weight = 0.3
