@@ -56,7 +56,7 @@ $(REPRODUCED)/evaluation.json: $(DEMO_MODEL)/config.json
 	mv $@.part $@
 
 $(MASKS): $(REPRODUCED)/mask-%.safetensors: $(DEMO_MODEL)/config.json
-	$(BIN)/neurontune demo mask --model $(DEMO_MODEL) --seed $* --option method=erm --out $@
+	$(BIN)/neurontune demo mask --model $(DEMO_MODEL) --seed $* --out $@
 
 $(COMPARISONS): $(REPRODUCED)/comparison-%.done: $(REPRODUCED)/mask-%.safetensors
 	test $(@:.done=.json) -nt $< || rm -f $(@:.done=.json)

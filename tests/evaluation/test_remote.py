@@ -283,6 +283,8 @@ def test_ctrl_c_stops_in_one_sentence_and_the_answers_so_far_are_kept(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
+        # A shell's background job inherits an ignored SIGINT, and Python would leave it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert holds.wait(60)
     process.send_signal(signal.SIGINT)

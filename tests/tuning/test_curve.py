@@ -39,9 +39,9 @@ def chosen(*points: Point, off: Point = OFF, less_safe: bool = False) -> list[tu
     return [(each.threshold.num_safety, each.threshold.num_utility) for each in levels.values()]
 
 
-def test_security_critical_is_the_least_asr_within_twelve_points_of_over_refusal() -> None:
+def test_security_critical_is_the_least_asr_within_sixteen_points_of_over_refusal() -> None:
     rest = [point(2, 2, 0.3, 0.2), point(3, 2, 0.5, 0.1)]
-    assert chosen(point(9, 2, 0.1, 0.32), point(10, 2, 0.0, 0.33), *rest)[0] == (9, 2)
+    assert chosen(point(9, 2, 0.1, 0.36), point(10, 2, 0.0, 0.37), *rest)[0] == (9, 2)
 
 
 def test_balanced_is_the_best_harmonic_mean_that_refuses_no_more_than_off() -> None:
@@ -137,7 +137,7 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    assert all(words in RULE for words in ("2 points below", "12 points above", "0.7 times"))
+    assert all(words in RULE for words in ("2 points below", "16 points above", "0.7 times"))
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
