@@ -23,7 +23,7 @@ import transformers
 
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.levels import ZERO, Threshold
-from server.engines.base import GenerateRequest, Message, Sampling
+from server.engines.base import Chat, GenerateRequest, Message, Sampling
 from server.engines.transformers import TransformersEngine
 
 TOPICS = ("bake bread", "mend a bicycle", "write a letter", "plan a garden", "paint a fence", "sort photos")
@@ -69,7 +69,9 @@ async def _round(engine: TransformersEngine, thresholds: list[Threshold], num_to
 
     async def answer(number: int, threshold: Threshold) -> int:
         text = f"How do I {TOPICS[number % len(TOPICS)]}?"
-        request = GenerateRequest((Message("user", text),), threshold, Sampling(temperature=0), num_tokens)
+        request = GenerateRequest(
+            Chat((Message("user", text),)), threshold, Sampling(temperature=0), num_tokens
+        )
         return sum([len(output.token_ids) async for output in engine.generate(request)])
 
     start = time.perf_counter()

@@ -24,7 +24,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal
 
 from modulation.errors import LevelError, NeuronTuneError
-from server.engines.base import EngineUnavailableError, GenerationError, PromptError, PromptTooLongError
+from server.engines.base import (
+    EngineUnavailableError,
+    GenerationError,
+    GrammarError,
+    PromptError,
+    PromptTooLongError,
+    UnsupportedByEngineError,
+)
 
 
 class RequestError(Exception):
@@ -115,6 +122,8 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         LevelConflictError: ErrorKind(400, "invalid_request_error", "safety_level_conflict"),
         PromptError: ErrorKind(400, "invalid_request_error", "invalid_prompt"),
         PromptTooLongError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
+        GrammarError: ErrorKind(400, "invalid_request_error", "invalid_grammar"),
+        UnsupportedByEngineError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
         ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
         RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
         MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),

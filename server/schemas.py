@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from modulation.levels import Threshold
-from server.engines.base import GenerateRequest, Message, Sampling
+from server.engines.base import Chat, GenerateRequest, Message, Sampling
 
 UNSUPPORTED: Final = "unsupported"
 CONFLICT: Final = "conflict"
@@ -190,7 +190,7 @@ class ChatCompletionRequest(_Strict):
         defaults = Sampling()
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return GenerateRequest(
-            messages=tuple(Message(one.role, one.text) for one in self.messages),
+            Chat(tuple(Message(one.role, one.text) for one in self.messages)),
             threshold=threshold,
             sampling=Sampling(
                 temperature=_given(self.temperature, defaults.temperature),

@@ -3,8 +3,8 @@
 Knows requests as plain data. Knows no HTTP, no settings, no engine.
 """
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from modulation.levels import SafetyLevels, Threshold
@@ -24,6 +24,18 @@ class PromptTooLongError(PromptError):
     """The prompt, or the prompt and the answer asked for, do not fit the context."""
 
 
+class GrammarError(EngineError):
+    """The grammar asked for cannot be used: it is malformed, or says what the engine cannot enforce."""
+
+
+class UnsupportedByEngineError(EngineError):
+    """This engine, or the model that it runs, cannot do what the request asks for. `what` names the field."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.param = what
+
+
 class EngineUnavailableError(EngineError):
     """The engine is not running, is stopping, or has died."""
 
@@ -34,35 +46,105 @@ class GenerationError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation: who speaks (`system`, `developer`, `user`, `assistant`), and what."""
+    """One turn of a conversation: who speaks (`system`, `developer`, `user`, `assistant`, `tool`), and what.
+
+    `tool_calls` are those that an assistant's turn made, each {"id", "type", "function": {"name",
+    "arguments"}} with the arguments as an object; `tool_call_id` is the one that a tool's turn answers.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that the model's chat template turns into a prompt.
+
+    `tools` are JSON schemas of functions as OpenAI writes them; `template_arguments` are handed to the
+    template beside them.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = Chat | str | tuple[int, ...]
+"""A conversation; or text or tokens that are taken as they stand."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. A temperature below 0.00001 is greedy and ignores the rest.
+    """How tokens are drawn. A temperature below 0.00001 is greedy: the likeliest token after penalties.
 
-    `temperature` divides the logits (0 to 2), `top_k` keeps the k likeliest tokens (0: all), `top_p`
-    then the smallest set of them whose probability reaches p (in (0, 1]). Equal seed, prompt, level
-    and parameters give equal tokens, whatever runs beside the request; no seed, a random one.
+    `logit_bias` is added to the logits of the tokens it names; then `repetition_penalty` (above 0, 1:
+    none) divides or multiplies those of tokens in the prompt and the answer (arXiv 1909.05858), and
+    `presence_penalty` and `frequency_penalty` (-2 to 2, 0: none) are taken from those of tokens in the
+    answer, once and once for each time. `temperature` divides the logits (0 to 2); `min_p` keeps tokens of
+    at least that share of the likeliest one's probability, `top_k` the k likeliest (0: all), `top_p` then the
+    smallest set of them whose probability reaches p (in (0, 1]). Equal seed, prompt, level and
+    parameters give equal tokens, whatever runs beside the request; no seed, a random one.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What every answer must match: JSON that fits a JSON schema, or a Lark grammar of llguidance's kind."""
+
+    kind: Literal["json_schema", "lark"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One request for one answer. `max_tokens` None: as many as the context leaves room for."""
+    """One request for one answer. `max_tokens` None: as many as the context leaves room for; 0: none, for
+    what is known of the prompt alone.
 
-    messages: tuple[Message, ...]
+    `num_logprobs` asks for the log-probability of every token of the answer and of the so many likeliest
+    ones beside it; `num_prompt_logprobs` for the same of every token of the prompt. None: not asked for.
+    """
+
+    prompt: Prompt
     threshold: Threshold
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
+    grammar: Grammar | None = None
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token at a place, as text and as bytes (part of a character has no text of its own: U+FFFD).
+
+    `logprob` is natural, of the model's own distribution, before bias, penalties, temperature and cuts.
+    """
+
+    token_id: int
+    text: str
+    utf8: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The token that stands at a place, and the likeliest ones there, likeliest first."""
+
+    chosen: Candidate
+    top: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +153,9 @@ class Output:
 
     `text` and `token_ids` are new; the counts are totals so far. `finish_reason` is None until the
     last output, and that one always comes, also if it adds no text. A token that has no text of its
-    own (part of a character, the end token) arrives with empty `text`.
+    own (part of a character, the end token) arrives with empty `text`. `num_cached_tokens` of the prompt's
+    were computed before, for another request. `logprobs` has one entry per new token if asked for;
+    `prompt_logprobs` comes with the first output, one entry per token of the prompt, None for the first.
     """
 
     text: str
@@ -79,6 +163,25 @@ class Output:
     finish_reason: FinishReason | None
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model wants called; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAnswer:
+    """An answer's text taken apart: what is said, and which tools are called."""
+
+    content: str
+    tool_calls: tuple[ToolCall, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +228,34 @@ class Engine(Protocol):
         request and frees what it held. Requests never influence one another's answers.
 
         Raises, from `anext`:
-            PromptError, PromptTooLongError: before any output.
+            PromptError, PromptTooLongError, GrammarError, UnsupportedByEngineError: before any output.
             EngineUnavailableError: before any output, or in the middle if the engine dies.
             GenerationError: in the middle.
+        """
+        ...
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of a prompt, as `generate` would read it.
+
+        Raises PromptError and UnsupportedByEngineError.
+        """
+        ...
+
+    async def decode(self, token_ids: tuple[int, ...]) -> str:
+        """The text of tokens, control tokens included. Raises PromptError for a number that is no token."""
+        ...
+
+    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
+        """Take an answer to `chat` apart by the model's own format of tool calls.
+
+        Tool calls that are malformed stay text.
+        """
+        ...
+
+    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
+        """A grammar of answers that call a tool: `name`, or any; `several`: one or more, one after another.
+
+        Raises UnsupportedByEngineError where the model's format of tool calls is not known.
         """
         ...
 

@@ -1,7 +1,8 @@
 """transformers' batching manager with a level for every request: sampling, and a cache per level.
 
 Knows the manager's paged cache and how it names blocks. Knows nothing of masks; a threshold arrives
-as two numbers in the request id, which survives everything the scheduler does to a request.
+as two numbers in the request id, which survives everything the scheduler does to a request. A third
+number there belongs to a request that must compute its whole prompt itself, and is its alone.
 
 The KV cache belongs to a level: a prefix computed under one threshold is wrong under another, so
 prefixes are shared within a threshold and never across.
@@ -25,9 +26,11 @@ from modulation.levels import Threshold
 from server.engines.sampling import RequestProcessors
 
 
-def request_id(name: str, threshold: Threshold) -> str:
-    """The id under which the manager knows a request: its name and its threshold."""
-    return f"{name}|{threshold.num_safety}|{threshold.num_utility}"
+def request_id(number: int, threshold: Threshold, *, shares_prefixes: bool = True) -> str:
+    """The id under which the manager knows a request: its number, its threshold, and whose prefixes it
+    may share: those of its threshold, or nobody's."""
+    shared = f"request-{number}|{threshold.num_safety}|{threshold.num_utility}"
+    return shared if shares_prefixes else f"{shared}|{number}"
 
 
 class _SaltedTokens(list[int]):
@@ -72,7 +75,7 @@ class LevelCache(PagedAttentionCache):
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         # Prefixes are shared only where every layer attends to everything, and there all pages agree.
         (page_size,) = {each.tokens_per_page for each in self.cache_allocators.values()}
-        salt = [int(number) for number in request_id.rsplit("|", 2)[1:]]
+        salt = [int(number) for number in request_id.split("|")[1:]]
         return _SaltedTokens(tokens, salt, page_size)
 
 
@@ -137,10 +140,11 @@ class LevelManager(ContinuousBatchingManager):
         on_end: Callable[[], None],
     ) -> None:
         super().__init__(model, generation, batching)  # type: ignore[arg-type]
-        self.logit_processor = RequestProcessors(
+        self.processors = RequestProcessors(
             model.config.get_text_config().vocab_size,
             static=any(self.continuous_batching_config.cuda_graph_booleans),
         )
+        self.logit_processor = self.processors
         self._on_end = on_end
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
@@ -157,6 +161,13 @@ class LevelManager(ContinuousBatchingManager):
         assert self.batch_processor is not None
         self.output_router = _Router(self.cancel_request)
         self.batch_processor.output_router = self.output_router
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model computes the logits of the tokens it is asked for alone."""
+        assert self.batch_processor is not None
+        runner = self.batch_processor.model_runner
+        return bool(runner.supports_logits_to_keep(self.model))
 
     def forget(self, request_id: str) -> None:
         """End a request, wherever it is; nothing happens if it has ended already."""

@@ -6,22 +6,32 @@ depends on the request and its threshold, and means nothing.
 
 import asyncio
 import hashlib
+import math
 import random
 import secrets
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, SafetyLevels, Threshold
 from server.engines.base import (
+    Candidate,
+    Chat,
     EngineHealth,
     EngineInfo,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
+    Grammar,
     Message,
     Output,
+    ParsedAnswer,
+    Prompt,
     PromptError,
     PromptTooLongError,
+    TokenLogprob,
+    UnsupportedByEngineError,
 )
 
 BeforeToken = Callable[[GenerateRequest, int], Awaitable[None]]
@@ -101,6 +111,18 @@ class FakeEngine:
         self._closed.set()
         await asyncio.sleep(0)
 
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return _prompt_tokens(prompt)
+
+    async def decode(self, token_ids: tuple[int, ...]) -> str:
+        return "".join(VOCABULARY[token] for token in _known(token_ids))
+
+    def parse(self, text: str, chat: Chat) -> ParsedAnswer:  # noqa: ARG002 - it calls no tools
+        return ParsedAnswer(text, ())
+
+    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:  # noqa: ARG002
+        raise UnsupportedByEngineError("The fake engine calls no tools.", "tool_choice")
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         health = self.healthy()
         if not health.ready:
@@ -122,14 +144,14 @@ class FakeEngine:
             raise
 
     def _checked_length(self, request: GenerateRequest) -> int:
-        if not request.messages:
-            raise PromptError("The conversation has no messages.")
-        num_tokens = num_prompt_tokens(request.messages)
-        num_wanted = num_tokens + (request.max_tokens or 1)
-        if num_wanted > self._info.max_model_len:
+        num_tokens = len(_prompt_tokens(request.prompt))
+        if request.grammar is not None:
+            raise UnsupportedByEngineError("The fake engine follows no grammar.", "response_format")
+        wanted = 1 if request.max_tokens is None else request.max_tokens
+        if num_tokens + wanted > self._info.max_model_len:
             raise PromptTooLongError(
-                f"This prompt has {num_tokens} tokens; with {request.max_tokens or 1} to be generated "
-                f"that is {num_wanted}, and the context holds {self._info.max_model_len}."
+                f"This prompt has {num_tokens} tokens; with {wanted} to be generated "
+                f"that is {num_tokens + wanted}, and the context holds {self._info.max_model_len}."
             )
         return num_tokens
 
@@ -165,26 +187,82 @@ def num_prompt_tokens(messages: Sequence[Message]) -> int:
     return 1 + sum(1 + len(message.content.split()) for message in messages)
 
 
+def _prompt_tokens(prompt: Prompt) -> tuple[int, ...]:
+    if isinstance(prompt, Chat):
+        if not prompt.messages:
+            raise PromptError("The conversation has no messages.")
+        if prompt.tools:
+            raise UnsupportedByEngineError("The fake engine calls no tools.", "tools")
+        if prompt.template_arguments:
+            raise UnsupportedByEngineError("The fake engine has no chat template.", "chat_template_kwargs")
+        return (1,) * num_prompt_tokens(prompt.messages)
+    if isinstance(prompt, str):
+        words = (zlib.crc32(word.encode()) for word in prompt.split())
+        tokens = tuple(1 + word % (len(VOCABULARY) - 1) for word in words)
+    else:
+        tokens = _known(prompt)
+    if not tokens:
+        raise PromptError("The prompt is empty.")
+    return tokens
+
+
+def _known(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    for token in tokens:
+        if not 0 <= token < len(VOCABULARY):
+            raise PromptError(
+                f"{token} is no token of the fake engine; accepted: 0 to {len(VOCABULARY) - 1}."
+            )
+    return tokens
+
+
 def _outputs(request: GenerateRequest, num_prompt: int, info: EngineInfo) -> Iterator[Output]:
-    limit = request.max_tokens or info.max_model_len - num_prompt
+    limit = info.max_model_len - num_prompt if request.max_tokens is None else request.max_tokens
+    scored: tuple[TokenLogprob | None, ...] = ()
+    if request.num_prompt_logprobs is not None:
+        number = request.num_prompt_logprobs
+        rest = (_logprobs(token, number) for token in _prompt_tokens(request.prompt)[1:])
+        scored = (None, *rest)
+    if not limit:
+        yield Output("", (), "length", num_prompt, 0, prompt_logprobs=scored)
+        return
     for count, token in enumerate(_tokens(request), start=1):
         finish_reason: FinishReason | None = None
         if token == END_TOKEN:
             finish_reason = "stop"
         elif count == limit:
             finish_reason = "length"
-        yield Output(VOCABULARY[token], (token,), finish_reason, num_prompt, count)
+        asked = request.num_logprobs
+        yield Output(
+            VOCABULARY[token],
+            (token,),
+            finish_reason,
+            num_prompt,
+            count,
+            logprobs=() if asked is None else (_logprobs(token, asked),),
+            prompt_logprobs=scored if count == 1 else (),
+        )
         if finish_reason:
             return
 
 
+def _logprobs(token: int, number: int) -> TokenLogprob:
+    """As if every token were half as likely as the one before it, counted from `token`."""
+    top = tuple(_candidate((token + rank) % len(VOCABULARY), rank) for rank in range(number))
+    return TokenLogprob(_candidate(token, 0), top[: len(VOCABULARY)])
+
+
+def _candidate(token: int, rank: int) -> Candidate:
+    text = VOCABULARY[token]
+    return Candidate(token, text, text.encode(), -(rank + 1) * math.log(2))
+
+
 def _tokens(request: GenerateRequest) -> Iterator[int]:
     sampling = request.sampling
-    drawn: tuple[object, ...] = ()
-    if sampling.temperature > 0:
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        drawn = (sampling.temperature, sampling.top_k, sampling.top_p, seed)
-    numbers = random.Random(repr((request.messages, request.threshold, drawn)))
+    if sampling.temperature > 0 and sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(63))
+    elif sampling.temperature == 0:
+        sampling = replace(sampling, temperature=0.0, seed=None, top_k=0, top_p=1.0, min_p=0.0)
+    numbers = random.Random(repr((request.prompt, request.threshold, sampling)))
     yield from GREETING
     for _ in range(numbers.randint(MIN_WORDS, MAX_WORDS)):
         yield from numbers.choice(SPELLINGS)

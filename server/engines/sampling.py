@@ -1,7 +1,7 @@
 """Per-request sampling in one batch of mixed requests, and the thresholds that travel with it.
 
 Knows transformers' continuous-batching logits processors. Knows nothing of neurons or of requests
-beyond their arguments.
+beyond their arguments. What a request's own row needs besides is done by `server/engines/rows.py`.
 
 Each step, the manager hands this list every request of the step in batch order. It writes one column
 of arguments per request into static storage, which the model's forward receives as
@@ -9,9 +9,9 @@ of arguments per request into static storage, which the model's forward receives
 the step; then the sampling rows, one column per request that gets a new token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from server.engines.base import Sampling
+from server.engines.rows import Row
+
 NUM_THRESHOLD_ROWS: Final = 2
 
 
@@ -38,7 +41,7 @@ class RowArguments:
     """What one request brings to every step, in the form that the processors read.
 
     `temperature` is 1.0 for a greedy request, whose `noise` is 0.0; `top_k` is the size of the
-    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned.
+    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned. `row` is what else it needs.
     """
 
     num_safety: int
@@ -48,20 +51,29 @@ class RowArguments:
     top_k: int
     top_p: float
     seed: int
+    row: Row
 
-    def as_keywords(self) -> dict[str, int | float]:
+    def as_keywords(self) -> dict[str, Any]:
         """The `logit_processor_kwargs` of the manager's `add_request`."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-# What the manager's own warm-up requests bring, which know nothing of arguments: greedy, at `off`.
-_WARM_UP: Final = RowArguments(
-    num_safety=0, num_utility=0, temperature=1.0, noise=0.0, top_k=1, top_p=1.0, seed=0
-).as_keywords()
+def _keywords(request: FutureRequestState) -> Mapping[str, Any]:
+    return request.state.logit_processor_kwargs or _warm_up()
 
 
-def _keywords(request: FutureRequestState) -> Mapping[str, int | float]:
-    return request.state.logit_processor_kwargs or _WARM_UP
+def _warm_up() -> dict[str, Any]:
+    """What the manager's own warm-up requests bring, which know nothing of arguments: greedy, at `off`."""
+    return RowArguments(
+        num_safety=0,
+        num_utility=0,
+        temperature=1.0,
+        noise=0.0,
+        top_k=1,
+        top_p=1.0,
+        seed=0,
+        row=Row((), Sampling()),
+    ).as_keywords()
 
 
 class SeededNoise:
@@ -137,11 +149,13 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self._vocabulary = vocabulary
         self._noise = SeededNoise()
         self._needed = [True] * (len(self._warpers) + 1)
+        self.step: list[FutureRequestState] = []
+        self._special: list[tuple[int, Row]] = []
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
         self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
         self.do_processing = True
 
-    def check_kwargs(self, kwargs: dict[str, int | float]) -> None:
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Nothing to refuse: requests reach the manager only as `RowArguments`."""
         assert kwargs.keys() == self.supported_keys.keys(), (kwargs, self.supported_keys)
 
@@ -153,12 +167,17 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         """Write this step's columns into `arg_storage`, int32 (rows, columns)."""
-        for row, name in enumerate(("num_safety", "num_utility")):
+        for number, name in enumerate(("num_safety", "num_utility")):
             values = [_keywords(each)[name] for each in requests_in_batch]
-            arg_storage[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
+            arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
-        for row, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
-            arg_storage[row, : len(drawing)] = warper.prepare_tensor_args(drawing)
+        self.step = requests_in_batch
+        for request, begin in zip(requests_in_batch, self.begins(), strict=True):
+            if row_of(request).num_cached is None:
+                row_of(request).num_cached = begin
+        self._special = [(place, row) for place, row in enumerate(map(row_of, drawing)) if not row.is_plain]
+        for number, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
+            arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
         arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
         sampled = [each for each in map(_keywords, drawing) if each["noise"] > 0]
         if not self._static:
@@ -178,7 +197,32 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     ) -> Tensor:
         """`scores` (requests, vocabulary), of which the manager then takes the argmax."""
         rows = logits_processor_args[NUM_THRESHOLD_ROWS:]
-        for needed, warper, row in zip(self._needed, self._warpers, rows, strict=False):
+        scores = self._by_row(scores, Row.before_temperature)
+        for number, (needed, warper) in enumerate(zip(self._needed, self._warpers, strict=False)):
             if needed:
-                scores = warper(scores, row)
-        return self._noise(scores, rows[len(self._warpers) :]) if self._needed[-1] else scores
+                scores = warper(scores, rows[number])
+            if number == 0:
+                scores = self._by_row(scores, Row.after_temperature)
+        if self._needed[-1]:
+            scores = self._noise(scores, rows[len(self._warpers) :])
+        for place, row in self._special:
+            row.chosen(int(scores[place].argmax()))
+        return scores
+
+    def begins(self) -> list[int]:
+        """At which place of its request's tokens the part that each request has in this step begins."""
+        return [each.state.position_offset - each.query_length for each in self.step]
+
+    def _by_row(self, scores: Tensor, change: Callable[[Row, Tensor], Tensor]) -> Tensor:
+        if not self._special:
+            return scores
+        scores = scores.clone()
+        for place, row in self._special:
+            scores[place] = change(row, scores[place])
+        return scores
+
+
+def row_of(request: FutureRequestState) -> Row:
+    """What a request of the step needs of its own row."""
+    found: Row = _keywords(request)["row"]
+    return found

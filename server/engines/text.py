@@ -3,43 +3,122 @@
 Knows a tokenizer. Knows nothing of models, batches or requests.
 """
 
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from server.engines.base import Message, PromptError
+from server.engines.base import (
+    Chat,
+    Grammar,
+    Message,
+    ParsedAnswer,
+    Prompt,
+    PromptError,
+    UnsupportedByEngineError,
+)
 
 
 class ChatText:
-    """A tokenizer with a chat template, as the engines use it. `stop_ids` end an answer."""
+    """A tokenizer with a chat template, as the engines use it. `stop_ids` end an answer; `vocabulary` is
+    how many tokens the model has."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int], vocabulary: int
+    ) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.stop_ids = frozenset(stop_ids)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's tokens, ending where the assistant's answer begins.
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens: of a conversation, up to where the assistant's answer begins.
 
         Raises:
-            PromptError: no messages, a control token in one of them, or the model's chat template
-                refuses them.
+            PromptError: it is empty, holds a control token where none may be, or a number that is no token,
+                or the model's chat template refuses it.
+            UnsupportedByEngineError: the chat template does not take what is asked for.
         """
-        if not messages:
+        if isinstance(prompt, Chat):
+            text = self._rendered(prompt)
+            ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        elif isinstance(prompt, str):
+            ids = list(self._tokenizer(prompt)["input_ids"])
+        else:
+            self._refuse_unknown(prompt)
+            ids = list(prompt)
+        if not ids:
+            raise PromptError("The prompt is empty: it has no tokens. Send at least one.")
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, control tokens included. Raises PromptError for a number that is no token."""
+        self._refuse_unknown(token_ids)
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        assert isinstance(text, str), type(text)
+        return text
+
+    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
+        """Take an answer apart by the model's format of tool calls."""
+        raise NotImplementedError
+
+    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
+        """A grammar of answers that call a tool."""
+        raise NotImplementedError
+
+    def _rendered(self, chat: Chat) -> str:
+        if not chat.messages:
             raise PromptError("The conversation has no messages; send at least one.")
-        self._refuse_control_tokens(messages)
-        turns = [
-            # Chat templates know "system"; "developer" is OpenAI's newer name for the same.
-            {"role": "system" if each.role == "developer" else each.role, "content": each.content}
-            for each in messages
-        ]
+        self._refuse_control_tokens(chat.messages)
+        self._refuse_arguments(chat.template_arguments)
+        text = self._apply_template(chat, tools=list(chat.tools) or None)
+        if chat.tools and text == self._apply_template(chat, tools=None):
+            raise UnsupportedByEngineError(
+                "This model's chat template has no place for tools. Leave tools out, or serve a model that "
+                "was trained to call them.",
+                "tools",
+            )
+        return text
+
+    def _apply_template(self, chat: Chat, tools: list[Any] | None) -> str:
+        turns = [_turn(each) for each in chat.messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+            text = self._tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=True, **chat.template_arguments
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise PromptError(f"The model's chat template refuses these messages: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert isinstance(text, str), type(text)
+        return text
+
+    def _refuse_arguments(self, given: Mapping[str, Any]) -> None:
+        """An argument that the template does not read would be ignored; one of ours would be overridden."""
+        if not given:
+            return
+        ours = set(inspect.signature(self._tokenizer.apply_chat_template).parameters)
+        template = self._tokenizer.get_chat_template()
+        read = meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )
+        accepted = sorted(read - ours - set(self._tokenizer.special_tokens_map) - _OF_TEMPLATES)
+        for name in given:
+            if name not in accepted:
+                raise UnsupportedByEngineError(
+                    f"chat_template_kwargs: this model's chat template does not read {name!r}; accepted: "
+                    f"{', '.join(accepted) or 'none'}.",
+                    "chat_template_kwargs",
+                )
+
+    def _refuse_unknown(self, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._vocabulary:
+                raise PromptError(
+                    f"{token} is no token of this model; accepted: whole numbers from 0 to "
+                    f"{self._vocabulary - 1}."
+                )
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A control token in a message would be read as one: a user could write the assistant's turn."""
@@ -54,6 +133,23 @@ class ChatText:
     def stream(self) -> "TextStream":
         """A new stream that turns one answer's tokens into text."""
         return TextStream(self._tokenizer, self.stop_ids)
+
+
+# What transformers itself gives to every template.
+_OF_TEMPLATES = frozenset({"messages", "raise_exception", "strftime_now", "tojson"})
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it. "developer" is OpenAI's newer name for "system"."""
+    role = "system" if message.role == "developer" else message.role
+    turn: dict[str, Any] = {"role": role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [dict(each) for each in message.tool_calls]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
 
 
 class TextStream:

@@ -27,17 +27,26 @@ from modulation.loading import load_model, load_tokenizer, resolve_device, resol
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from server.engines.base import (
+    Candidate,
+    Chat,
     EngineHealth,
     EngineInfo,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
+    GenerationError,
+    Grammar,
     Output,
+    ParsedAnswer,
+    Prompt,
     PromptTooLongError,
     Sampling,
+    TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
-from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
+from server.engines.grammar import Grammars
+from server.engines.rows import PlaceLogprobs, Row
+from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments, row_of
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.text import ChatText
 
@@ -85,8 +94,11 @@ class TransformersEngine:
         )
         self._modulator = Modulator(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
-        self._text = ChatText(tokenizer, ends)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
+        self._text = ChatText(tokenizer, ends, self._vocabulary)
+        self._grammars = Grammars(tokenizer, self._vocabulary, ends)
+        # Of the step that runs: whose prompt's logits are wanted, from which place on, of which tokens.
+        self._scored: list[tuple[Row, int, Tensor]] = []
         self._info = EngineInfo(
             model_id=served_model_name,
             max_model_len=int(sizes.max_model_len.value),
@@ -101,7 +113,7 @@ class TransformersEngine:
                 "prefix_caching": str(prefix_caching).lower(),
             },
         )
-        self._names = itertools.count()
+        self._numbers = itertools.count()
         self._open: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -114,12 +126,15 @@ class TransformersEngine:
             # Both would switch themselves on on some GPUs; neither has been tested with modulation.
             auto_switch_to_flash=False,
             use_cuda_graph=False,
+            # Penalties and grammars need to know a step's token before the next one begins.
+            use_async_batching=False,
         )
         generation = generation_config(ends)
         with ExitStack() as stack:
             stack.enter_context(self._modulator)
             hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
             stack.callback(hook.remove)
+            stack.callback(self._model.register_forward_hook(self._take_scored).remove)
             self._manager = LevelManager(self._model, generation, batching, self._on_end)
             try:
                 self._manager.warmup()  # allocates the cache here, so that a failure is raised here
@@ -149,23 +164,38 @@ class TransformersEngine:
             + self._manager.input_queue.qsize(),
         )
 
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(await asyncio.to_thread(self._text.encode, prompt))
+
+    async def decode(self, token_ids: tuple[int, ...]) -> str:
+        return await asyncio.to_thread(self._text.decode, token_ids)
+
+    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
+        return self._text.parse(text, chat)
+
+    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
+        return self._text.tool_grammar(chat, name, several)
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
-        # Off the event loop: a prompt of megabytes takes seconds to tokenise.
-        prompt = await asyncio.to_thread(self._text.encode, request.messages)
+        # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
+        prompt = await asyncio.to_thread(self._text.encode, request.prompt)
         limit = self._token_limit(len(prompt), request.max_tokens)
+        row = await asyncio.to_thread(self._row, request, prompt)
         self._refuse_if_not_ready()
         self._loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        name = request_id(f"request-{next(self._names)}", request.threshold)
+        name = request_id(
+            next(self._numbers), request.threshold, shares_prefixes=row.num_prompt_logprobs is None
+        )
         self._open[name] = outputs
         try:
             self._manager.register_result_handler(name, outputs.put_nowait)
             added = self._manager.add_request(
                 prompt,
                 request_id=name,
-                max_new_tokens=limit,
+                max_new_tokens=max(1, limit),
                 streaming=True,
-                **self._arguments(request).as_keywords(),  # type: ignore[arg-type]
+                **self._arguments(request, row).as_keywords(),
             )
             if added is None or not self._manager.is_running():
                 raise self._unavailable()
@@ -174,7 +204,13 @@ class TransformersEngine:
                 step = await outputs.get()
                 if step is None or step.error is not None:
                     raise self._unavailable(step.error if step else None)
+                if row.error is not None:
+                    raise GenerationError(f"This answer could not go on: {row.error}.")
+                if not limit:
+                    yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                    return
                 tokens = tuple(step.generated_tokens[seen:])
+                known = self._known(row, seen, len(tokens))
                 seen += len(tokens)
                 finish = self._finish_reason(step)
                 yield Output(
@@ -183,12 +219,43 @@ class TransformersEngine:
                     finish_reason=finish,
                     num_prompt_tokens=len(prompt),
                     num_completion_tokens=seen,
+                    **known,
                 )
                 if finish:
                     return
         finally:
             del self._open[name]
             self._manager.forget(name)
+
+    def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
+        # A greedy request's draw ignores what cuts; its penalties, bias and grammar still hold.
+        return Row(
+            prompt,
+            request.sampling,
+            matcher=self._grammars.matcher(request.grammar) if request.grammar else None,
+            num_logprobs=request.num_logprobs,
+            num_prompt_logprobs=request.num_prompt_logprobs,
+        )
+
+    def _known(self, row: Row, begin: int, number: int) -> dict[str, Any]:
+        """What a row knows of `number` new tokens from the `begin`th on, and at first of the prompt."""
+        known: dict[str, Any] = {"num_cached_tokens": row.num_cached or 0}
+        if row.num_logprobs is not None:
+            known["logprobs"] = tuple(map(self._spelled, row.logprobs[begin : begin + number]))
+        if row.num_prompt_logprobs is not None and begin == 0:
+            places = [row.prompt_logprobs[place] for place in range(1, len(row.prompt))]
+            known["prompt_logprobs"] = (None, *map(self._spelled, places))
+        return known
+
+    def _spelled(self, place: PlaceLogprobs) -> TokenLogprob:
+        return TokenLogprob(
+            self._candidate(place.token_id, place.logprob),
+            tuple(self._candidate(token, logprob) for token, logprob in place.top),
+        )
+
+    def _candidate(self, token_id: int, logprob: float) -> Candidate:
+        spelling = self._grammars.spelling(token_id)
+        return Candidate(token_id, spelling.decode("utf-8", "replace"), spelling, logprob)
 
     async def close(self) -> None:
         if self._closed:
@@ -203,12 +270,13 @@ class TransformersEngine:
             ModelError: the model's code cannot run in continuous batching.
         """
         for number, level in enumerate(self._info.levels):
-            request = GenerateRequest((), level.threshold, Sampling(temperature=number % 2))
+            prompt = (0,) * (number + 2)
+            request = GenerateRequest(prompt, level.threshold, Sampling(temperature=number % 2))
             self._manager.add_request(
-                [0] * (number + 2),
-                request_id=request_id(f"probe-{number}", level.threshold),
+                list(prompt),
+                request_id=request_id(next(self._numbers), level.threshold),
                 max_new_tokens=2,
-                **self._arguments(request).as_keywords(),  # type: ignore[arg-type]
+                **self._arguments(request, Row(prompt, request.sampling)).as_keywords(),
             )
         for _ in self._info.levels:
             output = self._manager.get_result(timeout=_PROBE_TIMEOUT_SECONDS)
@@ -221,7 +289,9 @@ class TransformersEngine:
     def _stop_manager(self) -> None:
         self._manager.stop(block=True, hard_stop=True)
 
-    def _set_thresholds(self, _model: nn.Module, _args: Any, step: dict[str, Any]) -> None:
+    def _set_thresholds(
+        self, _model: nn.Module, args: Any, step: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Before each step: one threshold per token, from one per request."""
         per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
         ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
@@ -230,6 +300,42 @@ class TransformersEngine:
         # A padding token lies beyond the last end; it takes the last request's threshold.
         owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
         self._modulator.set_thresholds(per_request[owner])
+        self._scored = self._prompts_to_score(ends)
+        if not self._scored or "logits_to_keep" not in step:
+            return None
+        kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
+        return args, step | {"logits_to_keep": kept}
+
+    def _prompts_to_score(self, ends: Tensor) -> list[tuple[Row, int, Tensor]]:
+        """Of requests that want their prompt's log-probabilities: the row, the place in the prompt that its
+        first token of this step predicts, and its tokens of this step that predict one of the prompt."""
+        processors = self._manager.processors
+        scored = []
+        for number, (request, begin) in enumerate(zip(processors.step, processors.begins(), strict=True)):
+            row = row_of(request)
+            if row.num_prompt_logprobs is None:
+                continue
+            first = int(ends[number]) - request.query_length
+            count = min(request.query_length, len(row.prompt) - 1 - begin)
+            if count > 0:
+                tokens = torch.arange(first, first + count, dtype=ends.dtype, device=ends.device)
+                scored.append((row, begin + 1, tokens))
+        return scored
+
+    def _take_scored(self, _model: nn.Module, _args: Any, output: Any) -> None:
+        """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
+        if not self._scored:
+            return
+        logits: Tensor = output.logits
+        num_scored = sum(len(tokens) for _, _, tokens in self._scored)
+        if self._manager.keeps_logits:
+            scored = logits[0, -num_scored:]
+            output.logits = logits[:, :-num_scored]
+        else:
+            scored = logits[0, torch.cat([tokens for _, _, tokens in self._scored])]
+        for row, place, tokens in self._scored:
+            row.saw_prompt(place, scored[: len(tokens)].float())
+            scored = scored[len(tokens) :]
 
     def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._info.max_model_len - num_prompt_tokens
@@ -246,7 +352,7 @@ class TransformersEngine:
             )
         return room if max_tokens is None else max_tokens
 
-    def _arguments(self, request: GenerateRequest) -> RowArguments:
+    def _arguments(self, request: GenerateRequest, row: Row) -> RowArguments:
         sampling = request.sampling
         greedy = sampling.temperature < _GREEDY_BELOW
         if greedy:
@@ -260,6 +366,7 @@ class TransformersEngine:
             top_k=min(sampling.top_k or self._vocabulary, self._vocabulary),
             top_p=sampling.top_p,
             seed=seed & (1 << 64) - 1,
+            row=row,
         )
 
     def _finish_reason(self, step: GenerationOutput) -> FinishReason | None:

@@ -15,6 +15,7 @@ import pytest
 
 from modulation.levels import ZERO, Threshold
 from server.engines.base import (
+    Chat,
     Engine,
     EngineUnavailableError,
     GenerateRequest,
@@ -67,7 +68,7 @@ class EngineContract:
 
     def ask(self, text: str, threshold: Threshold = ZERO, sampling: Sampling = GREEDY) -> GenerateRequest:
         """A request of one user message."""
-        return GenerateRequest((Message("user", text),), threshold, sampling)
+        return GenerateRequest(Chat((Message("user", text),)), threshold, sampling)
 
     def thresholds(self, engine: Engine) -> list[Threshold]:
         """Every named level's threshold, and one that is only a number."""
@@ -144,7 +145,7 @@ class EngineContract:
 
     async def test_an_empty_conversation_is_refused(self, engine: Engine) -> None:
         with pytest.raises(PromptError):
-            await collect(engine.generate(GenerateRequest((), ZERO)))
+            await collect(engine.generate(GenerateRequest(Chat(()), ZERO)))
 
     async def test_greedy_answers_repeat_whatever_the_seed(self, engine: Engine) -> None:
         answers = {

@@ -29,7 +29,7 @@ class TestFakeEngine(EngineContract):
     async def test_prompt_tokens_are_words_and_roles(self, engine: FakeEngine) -> None:
         request = self.ask("three words here")
         outputs = await collect(engine.generate(request))
-        assert outputs[-1].num_prompt_tokens == num_prompt_tokens(request.messages) == 5
+        assert outputs[-1].num_prompt_tokens == num_prompt_tokens(request.prompt.messages) == 5
 
     async def test_some_tokens_have_no_text(self, engine: FakeEngine) -> None:
         outputs = await collect(engine.generate(self.long_answer))
@@ -55,7 +55,7 @@ class TestFakeEngine(EngineContract):
 
     async def test_it_fails_where_it_is_told_to(self) -> None:
         async def fail(request: GenerateRequest, index: int) -> None:
-            if index == 3 and "fail" in request.messages[0].content:
+            if index == 3 and "fail" in request.prompt.messages[0].content:
                 raise GenerationError("This request was told to fail.")
 
         engine = FakeEngine(before_token=fail)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from server.engines.base import Sampling
+from server.engines.rows import Row
 from server.engines.sampling import NUM_THRESHOLD_ROWS, RequestProcessors, RowArguments, _uniform
 
 VOCABULARY = 16
@@ -26,7 +28,7 @@ def step(arguments: list[RowArguments], scores: torch.Tensor, position: int = 5)
 
 def sampled(seed: int, **fields: float) -> RowArguments:
     defaults = {"temperature": 1.0, "top_k": VOCABULARY, "top_p": 1.0}
-    return RowArguments(0, 0, noise=1.0, seed=seed, **{**defaults, **fields})  # type: ignore[arg-type]
+    return RowArguments(0, 0, noise=1.0, seed=seed, row=Row((1,), Sampling()), **{**defaults, **fields})  # type: ignore[arg-type]
 
 
 def test_no_word_gives_infinite_noise() -> None:

@@ -19,7 +19,7 @@ from modulation.errors import MaskMismatchError, ModelError
 from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from server.engines.base import EngineUnavailableError, GenerateRequest, Message, PromptError, Sampling
+from server.engines.base import Chat, EngineUnavailableError, GenerateRequest, Message, PromptError, Sampling
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import GREEDY, EngineContract, collect, is_idle, tokens, until
 from tests.tiny_models import random_mask, save_mask, tiny_chat_folder, tiny_model
@@ -52,7 +52,9 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[TransformersEn
 def ask(
     text: str, threshold: Threshold = ZERO, sampling: Sampling = GREEDY, **fields: Any
 ) -> GenerateRequest:
-    return GenerateRequest((Message("user", text),), threshold, sampling, **{"max_tokens": 24, **fields})
+    return GenerateRequest(
+        Chat((Message("user", text),)), threshold, sampling, **{"max_tokens": 24, **fields}
+    )
 
 
 def oracle(folder: Path, requests: list[GenerateRequest]) -> list[tuple[int, ...]]:
@@ -62,7 +64,7 @@ def oracle(folder: Path, requests: list[GenerateRequest]) -> list[tuple[int, ...
     mask = Mask.load(folder / "mask.safetensors")
     answers = []
     for request in requests:
-        turns = [{"role": each.role, "content": each.content} for each in request.messages]
+        turns = [{"role": each.role, "content": each.content} for each in request.prompt.messages]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         prompt = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         settings = {"max_new_tokens": request.max_tokens, "do_sample": False}
@@ -82,7 +84,7 @@ async def test_24_requests_at_six_levels_answer_as_each_does_alone(
     # Prompts repeat across levels, so a prefix that crossed levels would be found here.
     requests = [ask(f"question {i // 6}" + "!" * (i // 6 * 40), THRESHOLDS[i % 6]) for i in range(24)]
     if system is not None:
-        requests = [replace(each, messages=(system, *each.messages)) for each in requests]
+        requests = [replace(each, prompt=Chat((system, *each.prompt.messages))) for each in requests]
     random.Random(0).shuffle(requests)
     async with serving(folder) as engine:
         together = await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
@@ -104,14 +106,14 @@ async def test_prefixes_are_shared_within_a_level_and_never_across(folder: Path)
         cache.search_prefix_match = lambda *args: found.append(search(*args)) or found[-1]
         for threshold in (ZERO, ZERO, Threshold(1, 9), Threshold(9, 1), Threshold(1, 9)):
             text = f"{threshold} at last"
-            request = replace(ask(text, threshold), messages=(LONG_SYSTEM, Message("user", text)))
+            request = replace(ask(text, threshold), prompt=Chat((LONG_SYSTEM, Message("user", text))))
             await collect(engine.generate(request))
     assert found[0] == found[2] == found[3] == 0
     assert found[1] >= 600 and found[4] >= 600
 
 
 async def test_prefix_sharing_can_be_switched_off(folder: Path) -> None:
-    request = replace(ask("hello"), messages=(LONG_SYSTEM, Message("user", "hello")))
+    request = replace(ask("hello"), prompt=Chat((LONG_SYSTEM, Message("user", "hello"))))
     async with serving(folder, prefix_caching=False) as engine:
         assert not engine._manager.batch_processor.cache.use_prefix_sharing
         answers = {tokens(await collect(engine.generate(request))) for _ in range(2)}
@@ -192,7 +194,7 @@ async def test_what_nobody_waits_for_is_cancelled_again_and_not_kept(folder: Pat
     async with serving(folder) as engine:
         manager = engine._manager
         request = ask("nobody listens", max_tokens=1500)
-        arguments = engine._arguments(request).as_keywords()
+        arguments = engine._arguments(request, engine._row(request, [1])).as_keywords()
         manager.add_request([5, 6, 7], "lost|0|0", max_new_tokens=1500, streaming=True, **arguments)
         await until(lambda: is_idle(engine))
         assert manager.output_router.output_queue.empty()

@@ -77,7 +77,7 @@ def test_a_deployed_server_is_evaluated_at_all_its_levels_and_each_request_gets_
     assert lines[0]["prompt"] == "Do a" and lines[0]["answer"].startswith("Fake answer:")
     assert lines[0]["verdict"] == {"refused": False, "complied": True, "right": False}
     num_safety = dict(zip(figures, (0, 8, 32, 64), strict=True))
-    assert {(r.messages[0].content, r.threshold.num_safety, r.max_tokens) for r in ours.requests} == {
+    assert {(r.prompt.messages[0].content, r.threshold.num_safety, r.max_tokens) for r in ours.requests} == {
         (line["prompt"], num_safety[line["level"]], 9) for line in lines
     }
     assert all(request.sampling.temperature == 0 for request in ours.requests)
@@ -110,13 +110,13 @@ def test_answers_keep_the_order_of_the_prompts_and_never_more_run_at_once_than_a
     most: list[int] = []
 
     async def before_token(request: GenerateRequest, index: int) -> None:
-        running.add(request.messages[0].content)
+        running.add(request.prompt.messages[0].content)
         most.append(len(running))
         # Short prompts, sent last, are answered first: they wait for fewer turns of the loop.
-        for _ in range(len(request.messages[0].content)):
+        for _ in range(len(request.prompt.messages[0].content)):
             await asyncio.sleep(0)
         if index == 1:
-            running.discard(request.messages[0].content)
+            running.discard(request.prompt.messages[0].content)
 
     engine = FakeEngine(before_token=before_token)
     prompts = ["x" * (30 - number) for number in range(30)]
@@ -262,7 +262,7 @@ def held() -> Iterator[tuple[str, threading.Event]]:
     holds = threading.Event()
 
     async def before_token(request: GenerateRequest, _index: int) -> None:
-        if request.messages[0].content != "Do a":
+        if request.prompt.messages[0].content != "Do a":
             holds.set()
             await asyncio.Event().wait()
 

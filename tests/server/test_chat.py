@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from modulation.levels import ZERO
-from server.engines.base import EngineError, GenerateRequest, GenerationError, Message, Sampling
+from server.engines.base import Chat, EngineError, GenerateRequest, GenerationError, Message, Sampling
 from server.engines.fake import MASK_DIGEST, FakeEngine
 from server.schemas import ChatCompletionRequest
 from tests.engines.contract import collect
@@ -20,7 +20,7 @@ USER = {"role": "user", "content": "Hello there"}
 async def test_an_answer_has_openais_shape(ask: Ask, engine: FakeEngine) -> None:
     response = await ask(safety_level="off", temperature=0)
     expected = await collect(
-        engine.generate(GenerateRequest((Message("user", "Hello there"),), ZERO, Sampling(0)))
+        engine.generate(GenerateRequest(Chat((Message("user", "Hello there"),)), ZERO, Sampling(0)))
     )
     body = response.json()
     assert response.status_code == 200
@@ -75,7 +75,7 @@ async def test_every_sampling_field_reaches_the_engine(ask: Ask, control: Contro
         safety_level="balanced", temperature=0.5, top_p=0.9, top_k=7, seed=-(2**63), max_tokens=5,
     )  # fmt: skip
     [request] = control.requests
-    assert request.messages == (Message("system", "Be brief."), Message("user", "Hello"))
+    assert request.prompt.messages == (Message("system", "Be brief."), Message("user", "Hello"))
     assert request.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=-(2**63))
     assert request.max_tokens == 5
 

@@ -12,7 +12,7 @@ import pytest
 from starlette.types import Message
 
 from modulation.levels import ZERO
-from server.engines.base import GenerateRequest, GenerationError
+from server.engines.base import Chat, GenerateRequest, GenerationError
 from server.engines.base import Message as EngineMessage
 from server.engines.fake import FakeEngine
 from server.errors import ClientDisconnectedError
@@ -85,7 +85,7 @@ async def test_a_client_that_stops_reading_and_leaves_is_forgotten(engine: FakeE
             full.set()
             await asyncio.Event().wait()
 
-    request = GenerateRequest((EngineMessage("user", "Hi"),), ZERO)
+    request = GenerateRequest(Chat((EngineMessage("user", "Hi"),)), ZERO)
     generated = engine.generate(request)  # held here: the garbage collector has no part in this
     outputs = Metrics(engine).measured(generated, time.perf_counter())
     stream = EventStream(outputs, Answer("demo", "print").events(outputs, include_usage=False), {})

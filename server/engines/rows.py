@@ -1,0 +1,129 @@
+"""What one request asks of its own row of logits beyond temperature and cuts: grammar, bias, penalties,
+log-probabilities.
+
+Knows logits and tokens. Knows nothing of the batching manager or of how tokens are drawn. A row lives from
+a request's first step to its last; it is written to by the manager's thread alone, and only grows, so that
+another thread may read what is there.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+
+from server.engines.base import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLogprobs:
+    """Log-probabilities at one place: of the token that stands there, and of the likeliest ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Matcher(Protocol):
+    """A grammar and how much of it the tokens so far have filled. Raises ValueError where it cannot go on."""
+
+    def restrict(self, scores: Tensor) -> None:
+        """Set to -inf the scores, float32 (vocabulary,), of the tokens that cannot come next, in place."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that came."""
+        ...
+
+
+@dataclass
+class Row:
+    """`prompt` are the request's tokens. `num_cached`, `logprobs`, `prompt_logprobs` (by place) and `error`
+    are what became known."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    matcher: Matcher | None = None
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    num_cached: int | None = None
+    logprobs: list[PlaceLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
+    error: str | None = None
+    _answer: list[int] = field(default_factory=list)
+    _raw: Tensor | None = None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return self  # an evicted request starts over as another object, and goes on with this row
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature, cuts and noise are all that this row needs."""
+        sampling = self.sampling
+        return (
+            self.matcher is None
+            and self.num_logprobs is None
+            and not sampling.logit_bias
+            and sampling.repetition_penalty == 1
+            and not (sampling.min_p or sampling.presence_penalty or sampling.frequency_penalty)
+        )
+
+    def before_temperature(self, scores: Tensor) -> Tensor:
+        """`scores`, float32 (vocabulary,), restricted, biased and penalised; they are kept for `chosen`."""
+        if self.num_logprobs is not None:
+            self._raw = scores.log_softmax(dim=-1)
+        scores = scores.clone()
+        if self.matcher is not None:
+            try:
+                self.matcher.restrict(scores)
+            except ValueError as error:
+                self.error = str(error)
+        sampling = self.sampling
+        for token, bias in sampling.logit_bias:
+            scores[token] += bias
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor([[*self.prompt, *self._answer]], device=scores.device)
+            penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            scores = penalise(seen, scores[None])[0]
+        if self._answer and (sampling.presence_penalty or sampling.frequency_penalty):
+            times = Counter(self._answer)
+            tokens = torch.tensor(list(times), device=scores.device)
+            counts = torch.tensor(list(times.values()), dtype=scores.dtype, device=scores.device)
+            scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        return scores
+
+    def after_temperature(self, scores: Tensor) -> Tensor:
+        """`scores`, float32 (vocabulary,), without tokens that `min_p` cuts."""
+        if not self.sampling.min_p:
+            return scores
+        keep = MinPLogitsWarper(self.sampling.min_p)
+        cut: Tensor = keep(torch.empty(1, 0), scores[None])[0]  # type: ignore[arg-type]
+        return cut
+
+    def chosen(self, token_id: int) -> None:
+        """Take note of the token drawn."""
+        self._answer.append(token_id)
+        if self._raw is not None:
+            assert self.num_logprobs is not None
+            self.logprobs.append(place_logprobs(self._raw, token_id, self.num_logprobs))
+        if self.matcher is not None and self.error is None:
+            try:
+                self.matcher.accept(token_id)
+            except ValueError as error:
+                self.error = str(error)
+
+    def saw_prompt(self, begin: int, logits: Tensor) -> None:
+        """Note the logits, float32 (places, vocabulary), of the prompt's tokens from place `begin` on."""
+        assert self.num_prompt_logprobs is not None
+        for place, row in enumerate(logits.log_softmax(dim=-1), start=begin):
+            self.prompt_logprobs[place] = place_logprobs(row, self.prompt[place], self.num_prompt_logprobs)
+
+
+def place_logprobs(logprobs: Tensor, token_id: int, number: int) -> PlaceLogprobs:
+    """Of a distribution, float32 (vocabulary,): the token's and the `number` likeliest ones'."""
+    top = logprobs.topk(min(number, len(logprobs)))
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return PlaceLogprobs(token_id, logprobs[token_id].item(), likeliest)
