@@ -26,10 +26,14 @@ from server.errors import (
     kind_of,
 )
 from server.metrics import CountRequests, Metrics
+from server.request_ids import RequestIds
+from server.routes.asking import Asking
 from server.routes.chat import chat_router
+from server.routes.completions import completions_router
 from server.routes.health import health_router
 from server.routes.levels import levels_router
 from server.routes.models import models_router
+from server.routes.tokens import tokens_router
 from server.settings import Settings
 
 
@@ -55,7 +59,11 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(CountRequests, metrics=metrics)
-    app.include_router(chat_router(engine, metrics, model, default))
+    app.add_middleware(RequestIds)
+    asking = Asking(engine, metrics, model, default)
+    app.include_router(chat_router(asking))
+    app.include_router(completions_router(asking))
+    app.include_router(tokens_router(asking))
     app.include_router(models_router(engine, model, created=int(time.time())))
     app.include_router(levels_router(engine, default))
     app.include_router(health_router(engine, metrics))

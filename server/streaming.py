@@ -1,25 +1,18 @@
-"""Answers on their way to a client: one JSON body or a stream of events, and what happens if it leaves.
+"""Answers on their way to a client, and what happens if it leaves.
 
-Knows OpenAI's answer shapes, server-sent events and disconnects. Knows no level, no field, no metric.
+Knows streams and disconnects. Knows no answer's shape, no level, no metric.
 """
 
 import asyncio
-import json
-import logging
-import time
-import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.engines.base import EngineError, GenerationError, Output
-from server.errors import ClientDisconnectedError, error_body
+from server.errors import ClientDisconnectedError
 
-DONE: Final = b"data: [DONE]\n\n"
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
 T = TypeVar("T")
@@ -51,93 +44,6 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What all parts of one answer have in common."""
-
-    model: str
-    fingerprint: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    async def whole(self, outputs: AsyncGenerator[Output, None]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        text, last = [], None
-        async for last in outputs:
-            text.append(last.text)
-        last = _ended(last)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "".join(text), "refusal": None},
-            "logprobs": None,
-            "finish_reason": last.finish_reason,
-        }
-        return self._shape("chat.completion") | {"choices": [choice], "usage": usage(last)}
-
-    async def events(
-        self, outputs: AsyncGenerator[Output, None], *, include_usage: bool
-    ) -> AsyncGenerator[bytes, None]:
-        """The same answer as events. The first one comes after the first output, never before.
-
-        So what the engine refuses at once is raised from the first `anext`; what fails later is an
-        event, the last one, and not followed by `[DONE]`.
-        """
-        extra: dict[str, Any] = {"usage": None} if include_usage else {}
-        last: Output | None = None
-        try:
-            async for output in outputs:
-                if last is None:
-                    yield self._chunk({"role": "assistant", "content": ""}, None, extra)
-                last = output
-                if output.text:
-                    yield self._chunk({"content": output.text}, None, extra)
-            last = _ended(last)
-        except Exception as error:
-            if last is None:
-                raise
-            if not isinstance(error, EngineError):
-                logging.getLogger(__name__).exception("A stream failed.")
-            yield event(error_body(error))
-            return
-        yield self._chunk({}, last.finish_reason, extra)
-        if include_usage:
-            yield event(self._shape("chat.completion.chunk") | {"choices": [], "usage": usage(last)})
-        yield DONE
-
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None, extra: dict[str, Any]) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return event(self._shape("chat.completion.chunk") | {"choices": [choice]} | extra)
-
-    def _shape(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
-
-def _ended(last: Output | None) -> Output:
-    if last is None or last.finish_reason is None:
-        raise GenerationError("The engine ended this answer without saying why.")
-    return last
-
-
-def usage(last: Output) -> dict[str, int]:
-    """OpenAI's token counts, as the last output has them."""
-    return {
-        "prompt_tokens": last.num_prompt_tokens,
-        "completion_tokens": last.num_completion_tokens,
-        "total_tokens": last.num_prompt_tokens + last.num_completion_tokens,
-    }
-
-
-def event(data: dict[str, Any]) -> bytes:
-    """`data` as one server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
 class EventStream(Response):
     """A response that owns the outputs it streams: however it ends, it closes them.
 
@@ -146,7 +52,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        outputs: AsyncGenerator[Output, None],
+        outputs: AsyncGenerator[Any, None],
         events: AsyncGenerator[bytes, None],
         headers: Mapping[str, str],
     ) -> None:

@@ -29,11 +29,11 @@ class GrammarError(EngineError):
 
 
 class UnsupportedByEngineError(EngineError):
-    """This engine, or the model that it runs, cannot do what the request asks for. `what` names the field."""
+    """This engine, or the model that it runs, cannot do what is asked for; `param` names the field."""
 
-    def __init__(self, message: str, what: str) -> None:
+    def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.param = what
+        self.param = param
 
 
 class EngineUnavailableError(EngineError):
@@ -130,13 +130,14 @@ class GenerateRequest:
 class Candidate:
     """A token at a place, as text and as bytes (part of a character has no text of its own: U+FFFD).
 
-    `logprob` is natural, of the model's own distribution, before bias, penalties, temperature and cuts.
+    `logprob` is natural, of the model's own distribution, before bias, penalties, temperature and cuts; None
+    for the first token of a prompt, which nothing predicts.
     """
 
     token_id: int
     text: str
     utf8: bytes
-    logprob: float
+    logprob: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class Output:
     last output, and that one always comes, also if it adds no text. A token that has no text of its
     own (part of a character, the end token) arrives with empty `text`. `num_cached_tokens` of the prompt's
     were computed before, for another request. `logprobs` has one entry per new token if asked for;
-    `prompt_logprobs` comes with the first output, one entry per token of the prompt, None for the first.
+    `prompt_logprobs` comes with the first output, one entry per token of the prompt.
     """
 
     text: str
@@ -165,7 +166,7 @@ class Output:
     num_completion_tokens: int
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +258,11 @@ class Engine(Protocol):
 
         Raises UnsupportedByEngineError where the model's format of tool calls is not known.
         """
+        ...
+
+    @property
+    def tool_marker(self) -> str:
+        """With what a tool call begins in an answer's text; empty: not known."""
         ...
 
     def healthy(self) -> EngineHealth:

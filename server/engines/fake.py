@@ -120,6 +120,10 @@ class FakeEngine:
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:  # noqa: ARG002 - it calls no tools
         return ParsedAnswer(text, ())
 
+    @property
+    def tool_marker(self) -> str:
+        return ""
+
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:  # noqa: ARG002
         raise UnsupportedByEngineError("The fake engine calls no tools.", "tool_choice")
 
@@ -217,11 +221,12 @@ def _known(tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 def _outputs(request: GenerateRequest, num_prompt: int, info: EngineInfo) -> Iterator[Output]:
     limit = info.max_model_len - num_prompt if request.max_tokens is None else request.max_tokens
-    scored: tuple[TokenLogprob | None, ...] = ()
+    scored: tuple[TokenLogprob, ...] = ()
     if request.num_prompt_logprobs is not None:
         number = request.num_prompt_logprobs
-        rest = (_logprobs(token, number) for token in _prompt_tokens(request.prompt)[1:])
-        scored = (None, *rest)
+        first, *rest = _prompt_tokens(request.prompt)
+        begin = TokenLogprob(replace(_candidate(first, 0), logprob=None), ())
+        scored = (begin, *(_logprobs(token, number) for token in rest))
     if not limit:
         yield Output("", (), "length", num_prompt, 0, prompt_logprobs=scored)
         return

@@ -65,6 +65,11 @@ class ChatText:
         """Take an answer apart by the model's format of tool calls."""
         raise NotImplementedError
 
+    @property
+    def tool_marker(self) -> str:
+        """With what a tool call begins in an answer's text; empty: not known."""
+        return ""
+
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
         """A grammar of answers that call a tool."""
         raise NotImplementedError

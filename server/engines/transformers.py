@@ -39,6 +39,7 @@ from server.engines.base import (
     Output,
     ParsedAnswer,
     Prompt,
+    PromptError,
     PromptTooLongError,
     Sampling,
     TokenLogprob,
@@ -176,6 +177,10 @@ class TransformersEngine:
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
         return self._text.tool_grammar(chat, name, several)
 
+    @property
+    def tool_marker(self) -> str:
+        return self._text.tool_marker
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
         prompt = await asyncio.to_thread(self._text.encode, request.prompt)
@@ -228,7 +233,11 @@ class TransformersEngine:
             self._manager.forget(name)
 
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
-        # A greedy request's draw ignores what cuts; its penalties, bias and grammar still hold.
+        for token, _ in request.sampling.logit_bias:
+            if token >= self._vocabulary:
+                raise PromptError(
+                    f"logit_bias: {token} is no token of this model; accepted: 0 to {self._vocabulary - 1}."
+                )
         return Row(
             prompt,
             request.sampling,
@@ -244,7 +253,8 @@ class TransformersEngine:
             known["logprobs"] = tuple(map(self._spelled, row.logprobs[begin : begin + number]))
         if row.num_prompt_logprobs is not None and begin == 0:
             places = [row.prompt_logprobs[place] for place in range(1, len(row.prompt))]
-            known["prompt_logprobs"] = (None, *map(self._spelled, places))
+            first = TokenLogprob(self._candidate(row.prompt[0], None), ())
+            known["prompt_logprobs"] = (first, *map(self._spelled, places))
         return known
 
     def _spelled(self, place: PlaceLogprobs) -> TokenLogprob:
@@ -253,7 +263,7 @@ class TransformersEngine:
             tuple(self._candidate(token, logprob) for token, logprob in place.top),
         )
 
-    def _candidate(self, token_id: int, logprob: float) -> Candidate:
+    def _candidate(self, token_id: int, logprob: float | None) -> Candidate:
         spelling = self._grammars.spelling(token_id)
         return Candidate(token_id, spelling.decode("utf-8", "replace"), spelling, logprob)
 

@@ -1,26 +1,49 @@
-"""`GET /v1/models`: the model served, and one alias of it per safety level.
+"""`GET /v1/models` and `GET /v1/models/{id}`: the model served, and one alias of it per safety level.
+`GET /version`: of this server.
 
 Knows ids. Knows no engine but its protocol.
 """
 
+from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 
 from server.engines.base import Engine
+from server.errors import ModelNotFoundError
+from server.routes.openapi import failing
 
 
 def models_router(engine: Engine, model: str, created: int) -> APIRouter:
-    """The route. `model` is the id served, `created` the time since when, in seconds of the epoch."""
+    """The routes. `model` is the id served, `created` the time since when, in seconds of the epoch."""
     router = APIRouter()
+
+    def models() -> list[dict[str, Any]]:
+        info = engine.describe()
+        ids = [model, *(f"{model}@{level}" for level in info.levels.names)]
+        common = {"object": "model", "created": created, "owned_by": "neurontune"}
+        return [{"id": one, **common, "max_model_len": info.max_model_len} for one in ids]
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The ids that `model` accepts: the model's own, and the same at each named level."""
-        info = engine.describe()
-        ids = [model, *(f"{model}@{level}" for level in info.levels.names)]
-        common = {"object": "model", "created": created, "owned_by": "neurontune"}
-        data = [{"id": one, **common, "max_model_len": info.max_model_len} for one in ids]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": models()}
+
+    @router.get("/v1/models/{model_id:path}", responses=failing(404))
+    async def get_model(model_id: str) -> dict[str, Any]:
+        """One of them."""
+        if not model_id:
+            raise HTTPException(404)
+        known = models()
+        for one in known:
+            if one["id"] == model_id:
+                return one
+        accepted = ", ".join(each["id"] for each in known)
+        raise ModelNotFoundError(f"The model {model_id!r} is not served here. Accepted: {accepted}.", "model")
+
+    @router.get("/version")
+    async def get_version() -> dict[str, str]:
+        """The version of this server."""
+        return {"version": version("neurontune")}
 
     return router

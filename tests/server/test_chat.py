@@ -34,6 +34,7 @@ async def test_an_answer_has_openais_shape(ask: Ask, engine: FakeEngine) -> None
         "prompt_tokens": last.num_prompt_tokens,
         "completion_tokens": last.num_completion_tokens,
         "total_tokens": last.num_prompt_tokens + last.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

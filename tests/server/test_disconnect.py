@@ -12,13 +12,15 @@ import pytest
 from starlette.types import Message
 
 from modulation.levels import ZERO
+from server.answers import ChatAnswers
+from server.choices import merged
 from server.engines.base import Chat, GenerateRequest, GenerationError
 from server.engines.base import Message as EngineMessage
 from server.engines.fake import FakeEngine
 from server.errors import ClientDisconnectedError
 from server.metrics import Metrics
 from server.settings import Settings
-from server.streaming import Answer, EventStream, unless_disconnected
+from server.streaming import EventStream, unless_disconnected
 from tests.engines.contract import is_idle, until
 from tests.server.conftest import CHAT, Control, listen
 
@@ -87,8 +89,9 @@ async def test_a_client_that_stops_reading_and_leaves_is_forgotten(engine: FakeE
 
     request = GenerateRequest(Chat((EngineMessage("user", "Hi"),)), ZERO)
     generated = engine.generate(request)  # held here: the garbage collector has no part in this
-    outputs = Metrics(engine).measured(generated, time.perf_counter())
-    stream = EventStream(outputs, Answer("demo", "print").events(outputs, include_usage=False), {})
+    outputs = merged([Metrics(engine).measured(generated, time.perf_counter())])
+    answers = ChatAnswers("demo", "print", 1, logprobs=False, tools=None)
+    stream = EventStream(outputs, answers.events(outputs, include_usage=False), {})
     answering = asyncio.create_task(stream({"type": "http"}, client.receive, send))
     await full.wait()
     assert engine.healthy().num_running == 1

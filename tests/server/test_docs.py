@@ -14,7 +14,7 @@ from server.engines.fake import FakeEngine
 from server.errors import ERRORS
 from server.metrics import Metrics
 from server.process import GRACE_SECONDS
-from server.schemas import ChatCompletionRequest, Only
+from server.schemas import ChatCompletionRequest, CompletionRequest, Only
 from server.settings import Settings, flag, variable
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
@@ -74,6 +74,15 @@ def test_fields() -> None:
             values = {json.dumps(value) for value in only[0].neutral if value is not None}
             shown = {json.dumps(json.loads(value)) for value in documented[name].split(", ") if value}
             assert shown == values - {"0.0", "1.0"}, name
+
+
+def test_fields_of_a_completion() -> None:
+    own = dict(row[:2] for row in rows("Fields of a completion"))
+    shared = re.findall(
+        r"`(\w+)`", section("Fields of a completion").partition("meaning:")[2].partition("And")[0]
+    )
+    assert {*own, *shared} == CompletionRequest.model_fields.keys()
+    assert not set(own) & set(shared)
 
 
 def test_endpoints() -> None:

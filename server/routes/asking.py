@@ -1,0 +1,133 @@
+"""What every route that generates does: read the level that a request asks for, and answer it.
+
+Knows the order of things. Knows no engine but its protocol, and no kind of answer.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import Request
+from starlette.responses import Response
+
+from modulation.levels import SafetyLevel
+from server.access import AskedLevel, grant
+from server.answers import Answers
+from server.choices import merged
+from server.engines.base import Engine, EngineInfo, GenerateRequest
+from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
+from server.metrics import Metrics
+from server.schemas import AnswerRequest
+from server.stops import until_stop
+from server.streaming import EventStream, unless_disconnected
+
+LEVEL_HEADER: Final = "X-Safety-Level"
+NEURONS_HEADER: Final = "X-Safety-Neurons"
+MASK_HEADER: Final = "X-Safety-Mask"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What the routes that generate share. `model` is the id served, `default` the level of a request that
+    names none."""
+
+    engine: Engine
+    metrics: Metrics
+    model: str
+    default: SafetyLevel
+
+    def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
+        """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
+        asked = _asked_levels(request, body, self.model, info)
+        try:
+            granted = grant(info.levels, asked, self.default)
+        except LevelDeniedError as error:
+            self.metrics.denied(error)
+            raise
+        self.metrics.granted(info.levels, granted)
+        return granted.level
+
+    async def answer(
+        self,
+        request: Request,
+        body: AnswerRequest,
+        wanted: Sequence[GenerateRequest],
+        answers: Answers,
+        level: SafetyLevel,
+        arrived: float,
+    ) -> Response:
+        """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
+        `time.perf_counter`."""
+        headers = _level_headers(level, self.engine.describe())
+        outputs = merged([self._outputs(each, body.stop or (), arrived) for each in wanted])
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return EventStream(outputs, answers.events(outputs, include_usage=include_usage), headers)
+        async with aclosing(outputs):
+            whole = await unless_disconnected(request.receive, answers.whole(outputs))
+        return Response(whole, headers=headers, media_type="application/json")
+
+    def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float) -> Any:
+        outputs = self.engine.generate(request)
+        return self.metrics.measured(until_stop(outputs, stops) if stops else outputs, arrived)
+
+
+def clock() -> float:
+    """When a request arrived, in seconds as `Asking.answer` takes them."""
+    return time.perf_counter()
+
+
+def refuse_query(request: Request) -> None:
+    """A query parameter would be ignored."""
+    for name in request.query_params:
+        raise UnknownParameterError(
+            f"{request.url.path} takes no query parameter {name!r}: parameters go into the body.", name
+        )
+
+
+def fingerprint(info: EngineInfo) -> str:
+    """`system_fingerprint`: whose equality means that equal requests with equal seeds are answered alike."""
+    return f"neurontune-{info.mask_digest}"
+
+
+def refuse_other_model(name: str, model: str, info: EngineInfo) -> None:
+    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases."""
+    level_suffix(name, model, info)
+
+
+def level_suffix(name: str, model: str, info: EngineInfo) -> str | None:
+    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model."""
+    if name == model:
+        return None
+    if not name.startswith(f"{model}@"):
+        aliases = ", ".join(f"{model}@{level}" for level in info.levels.names)
+        raise ModelNotFoundError(
+            f"The model {name!r} is not served here. Accepted: {model}, {aliases}, "
+            f"or {model}@ and a whole number of safety neurons.",
+            "model",
+        )
+    return name.removeprefix(f"{model}@")
+
+
+def _asked_levels(request: Request, body: AnswerRequest, model: str, info: EngineInfo) -> list[AskedLevel]:
+    """Every level that the request names: header, body and model suffix, in order of precedence."""
+    asked: list[tuple[str, str, Any]] = [
+        (f"header {LEVEL_HEADER}", LEVEL_HEADER, value) for value in request.headers.getlist(LEVEL_HEADER)
+    ]
+    if body.safety_level is not None:
+        asked.append(("body field safety_level", "safety_level", body.safety_level))
+    suffix = level_suffix(body.model, model, info)
+    if suffix is not None:
+        asked.append((f"model name {body.model!r}", "model", suffix))
+    return [AskedLevel(*one) for one in asked]
+
+
+def _level_headers(level: SafetyLevel, info: EngineInfo) -> dict[str, str]:
+    threshold = level.threshold
+    return {
+        LEVEL_HEADER: level.name,
+        NEURONS_HEADER: f"{threshold.num_safety},{threshold.num_utility}",
+        MASK_HEADER: info.mask_digest,
+    }

@@ -1,0 +1,106 @@
+"""What the OpenAPI document says of the routes: bodies, headers, answers and errors.
+
+Knows schemas and the table of errors. Knows no route. Definitions are put where they are referred to: each
+schema stands inside a larger document.
+"""
+
+from typing import Any, Final, Literal
+
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
+
+from server.errors import ERRORS
+
+ANSWERS: Final[dict[str, type[BaseModel]]] = {"ChatCompletion": ChatCompletion, "Completion": Completion}
+
+_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string", "description": "What is wrong, what is accepted, the way out."},
+                "type": {"type": "string", "enum": sorted({kind.type for kind in ERRORS.values()})},
+                "param": {"type": ["string", "null"], "description": "The path of what is wrong."},
+                "code": {"type": "string", "enum": sorted({kind.code for kind in ERRORS.values()})},
+            },
+        }
+    },
+}
+_LEVEL: Final = {
+    "name": "X-Safety-Level",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "A safety level's name, or a whole number of safety neurons.",
+}
+_APPLIED: Final = {
+    "X-Safety-Level": "The level that was applied: its name, or the number.",
+    "X-Safety-Neurons": "How many safety and utility neurons were active, with a comma between.",
+    "X-Safety-Mask": "The digest of the mask in force.",
+}
+
+
+def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completion"]) -> dict[str, Any]:
+    """Arguments of a route that generates: its body, its header, its answers."""
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _APPLIED.items()}
+    content = {
+        "application/json": {"schema": inlined(ANSWERS[answer].model_json_schema())},
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": 'data: {"object": "…"}\n\ndata: [DONE]\n\n',
+        },
+    }
+    answered = {
+        "description": "The answer; with `stream`, as events.",
+        "headers": headers,
+        "content": content,
+    }
+    return {
+        "openapi_extra": _body(body) | {"parameters": [_LEVEL]},
+        "responses": {200: answered, **failing(400, 404, 413, 500, 503)},
+    }
+
+
+def reading(body: type[BaseModel]) -> dict[str, Any]:
+    """Arguments of a route that reads a body and generates nothing."""
+    return {"openapi_extra": _body(body), "responses": failing(400, 404, 413, 500)}
+
+
+def failing(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of a route that fails in these ways."""
+    return {
+        status: {
+            "description": ", ".join(
+                dict.fromkeys(f"`{kind.code}`" for kind in ERRORS.values() if kind.status == status)
+            ),
+            "content": {"application/json": {"schema": _ERROR}},
+        }
+        for status in statuses
+    }
+
+
+def _body(body: type[BaseModel]) -> dict[str, Any]:
+    schema = inlined(body.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions put where they are referred to."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolve(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return resolve(definitions[part["$ref"].rpartition("/")[2]])
+        # A discriminator maps to definitions that are no longer there; its branches say the same.
+        return {name: resolve(value) for name, value in part.items() if name != "discriminator"}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved

@@ -1,0 +1,46 @@
+"""`POST /tokenize` and `POST /detokenize`, as vLLM has them.
+
+Knows their fields. Knows no engine but its protocol.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.body import parse_fields, read_object
+from server.routes.asking import Asking, refuse_other_model, refuse_query
+from server.routes.openapi import reading
+from server.schemas import DetokenizeRequest, TokenizeRequest
+
+
+def tokens_router(asking: Asking) -> APIRouter:
+    """The routes."""
+    router, engine = APIRouter(), asking.engine
+
+    @router.post("/tokenize", **reading(TokenizeRequest))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        """The tokens of a prompt or of a conversation, as an answer would be generated from them."""
+        refuse_query(request)
+        body = parse_fields(TokenizeRequest, await read_object(request))
+        info = engine.describe()
+        if body.model is not None:
+            refuse_other_model(body.model, asking.model, info)
+        tokens = await engine.encode(body.to_engine())
+        spelled = [await engine.decode((token,)) for token in tokens] if body.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": info.max_model_len,
+            "tokens": list(tokens),
+            "token_strs": spelled,
+        }
+
+    @router.post("/detokenize", **reading(DetokenizeRequest))
+    async def detokenize(request: Request) -> dict[str, str]:
+        """The text of tokens, control tokens included."""
+        refuse_query(request)
+        body = parse_fields(DetokenizeRequest, await read_object(request))
+        if body.model is not None:
+            refuse_other_model(body.model, asking.model, engine.describe())
+        return {"prompt": await engine.decode(tuple(body.tokens))}
+
+    return router
