@@ -29,7 +29,7 @@ from modulation.tuning.settings import TuningSettings
 MODEL_ID: Final = "neurontune-demo"
 ACTIVE_SHARE: Final = 0.0198
 TUNING_PROMPTS_PER_TOPIC: Final = 2
-VALIDATION_PROMPTS_PER_TOPIC: Final = 3
+VALIDATION_PROMPTS_PER_TOPIC: Final = 2
 
 OnProgress = Callable[[str, int, int], object]
 """Told what is at work, how much of it is done, and of how much."""
