@@ -44,7 +44,7 @@ FIXED_METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "attack_aware",
         {
             **{"direction": "amplify", "utility": "complying", "cost": "absolute", "include_plain": False},
-            **{"benign_weight": 0.7, "borderline_weight": 0.25, "text_weight": 0.0},
+            **{"benign_weight": 0.7, "borderline_weight": 0.25, "text_weight": 0.0, "quantile": 0.0},
         },
     ),
     "contrast, fixed factors": ("contrast", {}),
