@@ -158,7 +158,7 @@ def mask(
         typer.Option(help="File for the mask that choices were made by."),
     ] = None,
 ) -> None:
-    """Make the demo model's mask by the whole method, on the tune split. About ten minutes."""
+    """Make the demo model's mask by the whole method, on the tune split."""
     refuse_unwritable({"--out": out, "--trial-out": trial_out})
     settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
@@ -201,7 +201,7 @@ def compare(
         "comparison.json"
     ),
 ) -> None:
-    """Measure the mask's levels beside controls and rivals. Up to an hour; goes on where it stopped."""
+    """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
     settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
         ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0]

@@ -105,7 +105,7 @@ class Rivals:
         return (lambda: modulator.applied(threshold)), told
 
     def _learned(self, scores: Scores, **changes: object) -> tuple[Applied, str]:
-        """Of neurons with these scores, learned on all of `tune` for as many steps as ours."""
+        """Of neurons with these scores, learned (and pruned) on all of `tune` for as many steps as ours."""
         steps = int(self.ours.metadata.method["tuning"]["num_steps"])
         settings = self.settings.model_copy(update={"num_steps": steps, **changes})
         records = all_records(self.bench.seed, TUNING_PROMPTS_PER_TOPIC)
@@ -113,14 +113,20 @@ class Rivals:
         tuned = self.bench.tuned(drafted, settings, records, judged=False)
         return self._at(tuned, whole(tuned))
 
+    def _unpruned(self, scores: Scores) -> tuple[Applied, str]:
+        """Learned at once, for as many steps as pruning and learning have together."""
+        steps = int(self.ours.metadata.method["tuning"]["num_steps"])
+        steps += len(self.settings.prune_shares) * self.settings.prune_steps
+        return self._learned(scores, prune_shares=(), num_steps=steps)
+
     def _by_risk(self) -> tuple[Applied, str]:
         return self._learned(self._attributed, method="erm")
 
     def _not_pruned(self) -> tuple[Applied, str]:
-        return self._learned(self._attributed, prune_shares=())
+        return self._unpruned(self._attributed)
 
     def _random_learned(self) -> tuple[Applied, str]:
-        return self._learned(self._random_scores(self.bench.seed), prune_shares=())
+        return self._unpruned(self._random_scores(self.bench.seed))
 
     def _random_pruned(self) -> tuple[Applied, str]:
         return self._learned(self._random_scores(self.bench.seed))
