@@ -8,9 +8,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import save as save_tensors
@@ -45,6 +44,17 @@ class Reached:
 
     arrays: Arrays
     progress: dict[str, Any]
+
+
+class Savings(Protocol):
+    """What a long computation goes on from: a checkpoint file, or its part of one."""
+
+    @property
+    def is_due(self) -> bool: ...
+
+    def load(self) -> Reached | None: ...
+
+    def save(self, arrays: Mapping[str, npt.NDArray[Any]], progress: dict[str, Any]) -> None: ...
 
 
 def checkpoint_beside(out: Path) -> Path:
@@ -90,7 +100,7 @@ class Checkpoint:
         """Whether the file was last written long enough ago."""
         return time.monotonic() - self._last >= self.seconds_between
 
-    def save(self, arrays: Mapping[str, npt.NDArray[np.float32]], progress: dict[str, Any]) -> None:
+    def save(self, arrays: Mapping[str, npt.NDArray[Any]], progress: dict[str, Any]) -> None:
         """Write the file, whole or not at all."""
         text = _Metadata(key=self.key, progress=progress).model_dump_json()
         write_whole(self.path, save_tensors(dict(arrays), metadata={CHECKPOINT.metadata_key: text}))

@@ -4,6 +4,7 @@ Source: NeuronTune (arXiv 2508.09473), whose attribution is by gradient x activa
 prompts included. First order, two backward passes a batch. Formulas: docs/attribution.md.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, Literal, get_args
 
@@ -56,6 +57,7 @@ def attack_aware(
     text_weight: float = TEXT_WEIGHT,
     cost: Cost = "positive",
     include_plain: bool = True,
+    quantile: float = 0.25,
     helpful_borderline: float = 0.5,
     margin_tokens: int = NUM_MARGIN_TOKENS,
     integrated: Integrated = "none",
@@ -64,9 +66,10 @@ def attack_aware(
     """Score neurons by their first-order effect on the refusal margin of attacked prompts.
 
     The refusal margin is the log-probability of the refusing answer's first `margin_tokens` tokens minus
-    that of the complying one's. A neuron counts only if it matters under every attack: its effect is the
-    least of its mean effects per attack family and, with `include_plain`, on plain harmful prompts.
-    From it goes the cost: what the neuron does to the margin of benign and borderline prompts, weighted.
+    that of the complying one's. A neuron counts only if it matters under most attacks: its effect is the
+    `quantile` (0: the least, 1: the largest) of its mean effects per attack family and, with
+    `include_plain`, on plain harmful prompts. From it goes the cost: what the neuron does to the margin of
+    benign and borderline prompts, weighted.
 
     `cost`: `absolute` is the mean of absolute effects, in which what helps one prompt does not make up for
     what harms another; `positive` is the positive part of the mean effect.
@@ -84,7 +87,8 @@ def attack_aware(
     """
     values = gate_values(integrated, steps)
     _check_words(utility=(utility, Utility), cost=(cost, Cost), direction=(direction, Direction))
-    _check_numbers(helpful_borderline, margin_tokens)
+    _check_shares(quantile=quantile, helpful_borderline=helpful_borderline)
+    _check_margin_tokens(margin_tokens)
     _check_data(
         data,
         include_plain or text_weight > 0,
@@ -124,7 +128,8 @@ def attack_aware(
     broken = text_weight * sum(breaks, torch.zeros(()))
 
     def safety(sign: float) -> Tensor:
-        return _every([sign * each for each in harmful]) - _cost(totals, weights, cost, sign) - broken
+        effect = _quantile([sign * each for each in harmful], quantile)
+        return effect - _cost(totals, weights, cost, sign) - broken
 
     def useful(sign: float) -> Tensor:
         if utility == "complying":
@@ -145,9 +150,13 @@ def _log_probability_effects(
     return gate_effects(model, sites, lambda: answer_log_probability(model, batch), values)
 
 
-def _every(means: Sequence[Tensor]) -> Tensor:
-    """The least of a neuron's mean effects: it counts only as far as it matters in every group."""
-    return torch.stack(list(means)).min(dim=0).values
+def _quantile(means: Sequence[Tensor], share: float) -> Tensor:
+    """A neuron's quantile over the groups, linear between neighbours: a neuron counts as far as it matters
+    in all but the share of groups in which it matters least. `torch.quantile` takes no large tensors."""
+    ordered = torch.stack(list(means)).sort(dim=0).values  # (groups, layers, neurons)
+    place = share * (len(means) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (place - math.floor(place)) * (high - low)
 
 
 def _cost(totals: dict[str, Totals], weights: dict[str, float], cost: Cost, sign: float) -> Tensor:
@@ -177,9 +186,13 @@ def _check_words(**given: tuple[str, Any]) -> None:
             raise DataError(f"Option {name}={value!r} is unknown; accepted: {', '.join(get_args(accepted))}.")
 
 
-def _check_numbers(helpful_borderline: float, margin_tokens: int) -> None:
-    if not 0 <= helpful_borderline <= 1:
-        raise DataError(f"Option helpful_borderline={helpful_borderline:g}: a share from 0 to 1 is needed.")
+def _check_shares(**given: float) -> None:
+    for name, value in given.items():
+        if not 0 <= value <= 1:
+            raise DataError(f"Option {name}={value:g}: a share from 0 to 1 is needed.")
+
+
+def _check_margin_tokens(margin_tokens: int) -> None:
     if margin_tokens < 0:
         raise DataError(
             f"Option margin_tokens={margin_tokens}: a whole number from 0 is needed (0: all tokens)."

@@ -32,6 +32,25 @@ def ranked_sets(
     return _positions(chosen[0], width), _positions(chosen[1], width)
 
 
+def candidates(
+    scores: Scores, num_safety: int, num_utility: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """As `ranked_sets`, but of whatever score: every neuron belongs to the kind in which it ranks better,
+    at equal rank to safety. What they are worth is found by learning (`modulation/tuning/pruning.py`)."""
+    width = scores.safety.shape[1]
+    safety, utility = _ranks(scores.safety), _ranks(scores.utility)
+    is_safety = safety <= utility
+    return (
+        _positions([n for n in safety.argsort().tolist() if is_safety[n]][:num_safety], width),
+        _positions([n for n in utility.argsort().tolist() if not is_safety[n]][:num_utility], width),
+    )
+
+
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    """The rank of every neuron, 0 for the best: int64 (neurons,)."""
+    return scores.flatten().argsort(descending=True, stable=True).argsort()
+
+
 def _positive(scores: torch.Tensor) -> list[int | None]:
     """Flat indices of all neurons, best first, with None for those whose score is not positive."""
     flat = scores.flatten()

@@ -20,7 +20,7 @@ from modulation.demo.comparison import compare as compare_rows
 from modulation.demo.comparison import comparison_table, read_results, save_plot
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import adaptation_table, adaptations
-from modulation.demo.masking import Bench, make_mask
+from modulation.demo.masking import PRUNED, Bench, make_mask
 from modulation.demo.rivals import Rivals
 from modulation.demo.scorecard import Scorecard, score, scorecard_records
 from modulation.demo.topics import Kind, Split
@@ -158,9 +158,9 @@ def mask(
         typer.Option(help="File for the mask that choices were made by."),
     ] = None,
 ) -> None:
-    """Make the demo model's mask by the whole method, on the tune split. About ten minutes."""
+    """Make the demo model's mask by the whole method, on the tune split."""
     refuse_unwritable({"--out": out, "--trial-out": trial_out})
-    settings = TuningSettings.parse(option or [])
+    settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
         made, trial = make_mask(bench, settings)
     made.save(out)
@@ -201,8 +201,8 @@ def compare(
         "comparison.json"
     ),
 ) -> None:
-    """Measure the mask's levels beside controls and rivals. Up to an hour; goes on where it stopped."""
-    settings = TuningSettings.parse(option or [])
+    """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
+    settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
         ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0]
         rows = [row for row in Rivals(bench, ours, settings).rows() if not only or row.name in only]

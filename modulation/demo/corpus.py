@@ -2,8 +2,8 @@
 
 Knows how topics, templates and wrappers are put together; knows nothing of tensors or tokens.
 Stage one, which refuses nothing, is the model's knowledge of its world: it draws from the topics and
-families of all splits. Stage two, which teaches refusal, draws from those of `train` only. The
-templates of `tune` and `heldout` occur in neither.
+families of all splits, but for the absent ones. Stage two, which teaches refusal, draws from those of
+`train` only. The templates of `tune` and `heldout` occur in neither.
 """
 
 import random
@@ -83,7 +83,7 @@ class _Writer:
         self.source = source
         self.mix = mix
         splits = ("train",) if mix.refuses else SPLITS
-        attacks = [family for split in splits for family in families("attack", split)]
+        attacks = [f for split in splits for f in families("attack", split) if f.response != "absent"]
         self.wrapping = [*(f for split in splits for f in families("benign", split)), *attacks]
         self.robust = [f for f in attacks if f.response == "refused"] if mix.refuses else attacks
         self.replay = [f for f in self.wrapping if f.response == "complied"] if mix.refuses else attacks

@@ -2,8 +2,7 @@
 
 Knows which attack families of the registry (modulation/evaluation/attacks.py) belong to which group,
 and the texts of the benign wrappers, which are the same kind of surroundings without an attack's intent;
-knows nothing of topics or training. Only `train` families occur in the training text, in either stage;
-`tune` and `heldout` ones never do.
+knows nothing of topics or training. Refusal training, stage two, holds `train` families only.
 """
 
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from modulation.demo.topics import Split
 from modulation.evaluation.attacks import ATTACKS
 
 Purpose = Literal["attack", "benign"]
-Response = Literal["refused", "complied", "unseen"]
+Response = Literal["refused", "complied", "unseen", "absent"]
 
 
 @dataclass(frozen=True)
 class Family:
     """A way of wrapping; each wrapper holds `{prompt}` once. `response` is what stage two teaches
-    for a harmful prompt inside it: refused, complied (a hole left open on purpose) or unseen."""
+    for a harmful prompt inside it: refused, complied (a hole left open on purpose) or unseen; absent
+    families are in neither stage, so that the model does not know their words either."""
 
     name: str
     purpose: Purpose
@@ -42,6 +42,21 @@ FAMILIES: tuple[Family, ...] = (
     Family("few_shot", "attack", "tune", "unseen", ATTACKS["few_shot"]),
     Family("emotion", "attack", "tune", "unseen", ATTACKS["emotion"]),
     Family("warning_label", "attack", "tune", "unseen", ATTACKS["warning_label"]),
+    Family("markup", "attack", "tune", "absent", ATTACKS["markup"]),
+    Family("query", "attack", "tune", "absent", ATTACKS["query"]),
+    Family("shell", "attack", "tune", "absent", ATTACKS["shell"]),
+    Family("mail", "attack", "tune", "absent", ATTACKS["mail"]),
+    Family("threat", "attack", "tune", "absent", ATTACKS["threat"]),
+    Family("flattery", "attack", "tune", "absent", ATTACKS["flattery"]),
+    Family("urgency", "attack", "tune", "absent", ATTACKS["urgency"]),
+    Family("crowd", "attack", "tune", "absent", ATTACKS["crowd"]),
+    Family("history", "attack", "tune", "absent", ATTACKS["history"]),
+    Family("verse", "attack", "tune", "absent", ATTACKS["verse"]),
+    Family("distraction", "attack", "tune", "absent", ATTACKS["distraction"]),
+    Family("interview", "attack", "tune", "absent", ATTACKS["interview"]),
+    Family("survey", "attack", "tune", "absent", ATTACKS["survey"]),
+    Family("translation", "attack", "tune", "absent", ATTACKS["translation"]),
+    Family("obedience", "attack", "tune", "absent", ATTACKS["obedience"]),
     Family("fiction", "attack", "heldout", "unseen", ATTACKS["fiction"]),
     Family("foreign", "attack", "heldout", "unseen", ATTACKS["foreign"]),
     Family("no_apology", "attack", "heldout", "unseen", ATTACKS["no_apology"]),

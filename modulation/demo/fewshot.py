@@ -6,10 +6,8 @@ among those measured.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
-
-import numpy as np
 
 from modulation.demo.corpus import family_names, records
 from modulation.demo.masking import Bench, examples
@@ -19,8 +17,9 @@ from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
 from modulation.evaluation.metrics import Rate
 from modulation.levels import SECURITY_CRITICAL
-from modulation.masks import Mask, NeuronSet
+from modulation.masks import Mask
 from modulation.modulator import Modulator
+from modulation.tuning.drafting import untouched
 from modulation.tuning.runs import AdaptationRun, adapt_mask
 from modulation.tuning.settings import TuningSettings
 
@@ -65,15 +64,6 @@ def adaptations(
             )
         on_done(family)
     return found
-
-
-def untouched(mask: Mask) -> Mask:
-    """The same neurons with factors of 1."""
-    return replace(
-        mask,
-        safety=NeuronSet(mask.safety.neurons, np.ones(len(mask.safety), np.float32)),
-        utility=NeuronSet(mask.utility.neurons, np.ones(len(mask.utility), np.float32)),
-    )
 
 
 def adaptation_table(runs: Sequence[Adapted]) -> str:

@@ -5,8 +5,9 @@ nothing of commands. Every choice is made on the validation part; then the neuro
 their factors learned anew on all of `tune`, for as many steps as were best.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,15 +22,17 @@ from modulation.evaluation.data import Record
 from modulation.levels import Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from modulation.tuning.drafting import counts, draft, top_neurons
+from modulation.tuning.drafting import counts, draft, first_neurons, stage_sizes
 from modulation.tuning.leveling import measured_points, with_levels
 from modulation.tuning.runs import TuningRun, tune
 from modulation.tuning.settings import TuningSettings
 
 MODEL_ID: Final = "neurontune-demo"
 ACTIVE_SHARE: Final = 0.0198
+# The demo's tuning settings where they are not the defaults.
+PRUNED: Final[Mapping[str, Any]] = MappingProxyType({"prune_shares": (0.16, 0.07, 0.035)})
 TUNING_PROMPTS_PER_TOPIC: Final = 2
-VALIDATION_PROMPTS_PER_TOPIC: Final = 3
+VALIDATION_PROMPTS_PER_TOPIC: Final = 2
 
 OnProgress = Callable[[str, int, int], object]
 """Told what is at work, how much of it is done, and of how much."""
@@ -51,14 +54,15 @@ class Bench:
         )
         return method(self.model, self.tokenizer, examples(records), accumulator)
 
-    def drafted(self, scores: Scores, share: float = ACTIVE_SHARE, **metadata: Any) -> Mask:
-        """A mask of the top neurons with factors of 1."""
-        return draft(self.model, MODEL_ID, *top_neurons(scores, *counts(self.model, share)), **metadata)
+    def drafted(self, scores: Scores, settings: TuningSettings, **metadata: Any) -> Mask:
+        """A mask of the top neurons, or of those to prune from, with factors of 1."""
+        return draft(self.model, MODEL_ID, *first_neurons(scores, self._sizes(settings)), **metadata)
 
     def tuned(self, mask: Mask, settings: TuningSettings, records: Sequence[Record], judged: bool) -> Mask:
-        """The mask with learned factors; `judged`: the validation part decides when to stop."""
+        """What `drafted` made with these settings, pruned if they say so, with learned factors; `judged`: the
+        validation part decides when to stop."""
         validation = examples(validation_records(self.seed)) if judged else None
-        run = TuningRun(settings, self.seed)
+        run = TuningRun(settings, self.seed, self._sizes(settings)[1:])
         return tune(
             self.model,
             self.tokenizer,
@@ -82,6 +86,10 @@ class Bench:
         points = measured_points(Modulator(self.model, mask), self.tokenizer, mask, records, count)
         return with_levels(mask, points, records, "tune split, validation part", allow_less_safe=True)
 
+    def _sizes(self, settings: TuningSettings) -> tuple[Threshold, ...]:
+        final = Threshold(*counts(self.model, ACTIVE_SHARE))
+        return stage_sizes(self.model, settings.prune_shares, final)
+
     def _told(self, what: str, done: int, total: int) -> None:
         self.on_progress(what, done, total)
 
@@ -102,7 +110,7 @@ def _redone(bench: Bench, settings: TuningSettings, trial: Mask) -> Mask:
     records = all_records(bench.seed)
     redone = bench.drafted(
         bench.scores(method, records),
-        levels=trial.levels.named,
+        settings,
         method={"attribution": {"method": DEFAULT_METHOD, "options": default_options(DEFAULT_METHOD)}},
         data_digests={"attribution": digest(examples(records))},
     )
@@ -133,7 +141,7 @@ def chosen_mask(bench: Bench, method: Attribution, settings: TuningSettings) -> 
     """Neurons, factors and levels while choices are made: the validation families are unseen."""
     scores = bench.scores(method, learning_records(bench.seed))
     learning = learning_records(bench.seed, TUNING_PROMPTS_PER_TOPIC)
-    return bench.leveled(bench.tuned(bench.drafted(scores), settings, learning, judged=True))
+    return bench.leveled(bench.tuned(bench.drafted(scores, settings), settings, learning, judged=True))
 
 
 def examples(records: Sequence[Record]) -> AttributionData:

@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Any, Final
 
 from modulation.attribution.base import Scores
-from modulation.attribution.methods import default_options, with_options
+from modulation.attribution.methods import DEFAULT_METHOD, default_options, with_options
 from modulation.attribution.selection import ranked_sets
 from modulation.demo.masking import ACTIVE_SHARE, TUNING_PROMPTS_PER_TOPIC, Bench, examples, whole
 from modulation.demo.splits import all_records, learning_records, validation_records
@@ -89,7 +90,9 @@ class Rivals:
             yield Row(f"NeuronTune, {level}", "ours", lambda t=threshold: self._at(self.ours, t))  # type: ignore[misc]
         yield Row("plain risk minimisation, all neurons", "control", self._by_risk)
         yield Row("NeuronTune, all neurons", "ours", lambda: self._at(self.ours, whole(self.ours)))
+        yield Row("attributed neurons, not pruned", "control", self._not_pruned)
         yield Row("random neurons, learned factors", "control", self._random_learned)
+        yield Row("random candidates, pruned", "control", self._random_pruned)
         yield Row("random neurons, fixed factors", "control", self._random_fixed)
         for name in FIXED_METHODS:
             yield Row(name, "rival", lambda name=name: self._fixed(name))  # type: ignore[misc]
@@ -101,30 +104,49 @@ class Rivals:
         told = f"({threshold.num_safety}, {threshold.num_utility})"
         return (lambda: modulator.applied(threshold)), told
 
-    def _learned(self, mask: Mask, **changes: object) -> tuple[Applied, str]:
-        """Learned on all of `tune` for as many steps as ours."""
+    def _learned(self, scores: Scores, **changes: object) -> tuple[Applied, str]:
+        """Of neurons with these scores, learned (and pruned) on all of `tune` for as many steps as ours."""
         steps = int(self.ours.metadata.method["tuning"]["num_steps"])
         settings = self.settings.model_copy(update={"num_steps": steps, **changes})
         records = all_records(self.bench.seed, TUNING_PROMPTS_PER_TOPIC)
-        tuned = self.bench.tuned(mask, settings, records, judged=False)
+        drafted = self.bench.drafted(scores, settings)
+        tuned = self.bench.tuned(drafted, settings, records, judged=False)
         return self._at(tuned, whole(tuned))
 
+    def _unpruned(self, scores: Scores) -> tuple[Applied, str]:
+        """Learned at once, for as many steps as pruning and learning have together."""
+        steps = int(self.ours.metadata.method["tuning"]["num_steps"])
+        steps += len(self.settings.prune_shares) * self.settings.prune_steps
+        return self._learned(scores, prune_shares=(), num_steps=steps)
+
     def _by_risk(self) -> tuple[Applied, str]:
-        return self._learned(self.ours, method="erm")
+        return self._learned(self._attributed, method="erm")
+
+    def _not_pruned(self) -> tuple[Applied, str]:
+        return self._unpruned(self._attributed)
 
     def _random_learned(self) -> tuple[Applied, str]:
-        return self._learned(self._random(self.bench.seed, ACTIVE_SHARE, (1.0, 1.0)))
+        return self._unpruned(self._random_scores(self.bench.seed))
+
+    def _random_pruned(self) -> tuple[Applied, str]:
+        return self._learned(self._random_scores(self.bench.seed))
+
+    @cached_property
+    def _attributed(self) -> Scores:
+        """What ours was drafted from."""
+        method = with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD))
+        return self.bench.scores(method, all_records(self.bench.seed))
 
     def _random_fixed(self) -> tuple[Applied, str]:
         """At the counts and factors of `attack_aware, fixed factors`."""
         setting = self._chosen_fixed("attack_aware, fixed factors")
-        mask = self._random(100 + self.bench.seed, setting.share, (setting.safety_factor, UTILITY_FACTOR))
+        scores = self._random_scores(100 + self.bench.seed)
+        mask = self._mask(scores, setting.share, (setting.safety_factor, UTILITY_FACTOR))
         return self._at(mask, whole(mask))[0], str(setting)
 
-    def _random(self, seed: int, share: float, factors: tuple[float, float]) -> Mask:
+    def _random_scores(self, seed: int) -> Scores:
         method = with_options("random", {"seed": seed})
-        scores = self.bench.scores(method, learning_records(self.bench.seed))
-        return self._mask(scores, share, factors)
+        return self.bench.scores(method, learning_records(self.bench.seed))
 
     def _mask(self, scores: Scores, share: float, factors: tuple[float, float]) -> Mask:
         neurons = top_neurons(scores, *counts(self.bench.model, share))

@@ -16,7 +16,7 @@ from modulation.demo.corpus import family_names, records
 from modulation.demo.topics import Kind, topics
 from modulation.evaluation.data import Record
 
-VALIDATION_FAMILIES: Final = ("emotion", "warning_label")
+VALIDATION_FAMILIES: Final = ("emotion", "warning_label", "markup", "translation", "interview", "flattery")
 VALIDATION_WRAPPER: Final = "newsgroup"
 _VALIDATION_SHARE: Final = 0.25
 _TOPICS_SEED: Final = 0
@@ -25,14 +25,14 @@ _VALIDATION_SEEDS: Final = 1000
 
 
 def learning_records(seed: int, per_topic: int = 1) -> list[Record]:
-    """What is attributed and learned from while choices are made: four families, most topics."""
+    """What is attributed and learned from while choices are made: most families, most topics."""
     families = [name for name in family_names("harmful", "tune") if name not in VALIDATION_FAMILIES]
     wrappers = [name for name in family_names("benign", "tune") if name != VALIDATION_WRAPPER]
     return _records(families, wrappers, (False,), _seeds(seed, per_topic))
 
 
 def validation_records(seed: int, per_topic: int = 1) -> list[Record]:
-    """What choices are made by: the two other families, the other topics, another benign wrapper."""
+    """What choices are made by: the other families, the other topics, another benign wrapper."""
     seeds = _seeds(seed + _VALIDATION_SEEDS, per_topic)
     return _records(VALIDATION_FAMILIES, (VALIDATION_WRAPPER,), (True,), seeds)
 

@@ -5,7 +5,7 @@ Knows arguments, files and terminals; the work is done by the modules it calls.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Never
@@ -22,6 +22,7 @@ from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, Tuning
 if TYPE_CHECKING:
     from modulation.attribution.scores import ScoresFile
     from modulation.evaluation.data import Record
+    from modulation.levels import Threshold
     from modulation.masks import Mask
     from modulation.opening import Opened
     from modulation.tuning.meta import OnStep
@@ -128,7 +129,8 @@ def _tune(
     found = ScoresFile.load(scores)
     opened = open_model(request.model, request.device, request.dtype)
     typer.echo(str(opened))
-    draft = _draft(opened, request.model, found, _provenance(scores, found), counts, share)
+    sizes = _sizes(opened, counts, share, settings)
+    draft = _draft(opened, request.model, found, _provenance(scores, found), sizes)
     data, validated = (
         examples_of(records, opened, request.refusal, settings.batch_size)
         for records in (training, kept_aside)
@@ -141,7 +143,7 @@ def _tune(
             data,
             validated,
             draft,
-            TuningRun(settings, request.seed),
+            TuningRun(settings, request.seed, sizes[1:]),
             checkpoint_path=checkpoint,
             on_step=_shown_on(bar),
         )
@@ -186,16 +188,23 @@ def _draft(
     model: str,
     scores: "ScoresFile",
     provenance: Mapping[str, Any],
-    counts: tuple[int, int] | None,
-    share: float,
+    sizes: "Sequence[Threshold]",
 ) -> "Mask":
-    from modulation.tuning.drafting import counts as counts_of
-    from modulation.tuning.drafting import draft, top_neurons
+    from modulation.tuning.drafting import draft, first_neurons
 
     scores.verify(opened.model)
-    num_safety, num_utility = counts or counts_of(opened.model, share)
-    safety, utility = top_neurons(scores.scores, num_safety, num_utility)
-    return draft(opened.model, model_id(model), safety, utility, **provenance)
+    return draft(opened.model, model_id(model), *first_neurons(scores.scores, sizes), **provenance)
+
+
+def _sizes(
+    opened: "Opened", counts: tuple[int, int] | None, share: float, settings: TuningSettings
+) -> "tuple[Threshold, ...]":
+    from modulation.levels import Threshold
+    from modulation.tuning.drafting import counts as counts_of
+    from modulation.tuning.drafting import stage_sizes
+
+    final = Threshold(*(counts or counts_of(opened.model, share)))
+    return stage_sizes(opened.model, settings.prune_shares, final)
 
 
 def _shown_on(bar: "tqdm[Never]") -> "OnStep":

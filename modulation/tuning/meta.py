@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modulation.attribution.gates import frozen
-from modulation.checkpoints import Checkpoint
+from modulation.checkpoints import Savings
 from modulation.tuning.objective import Objective, Seen
 from modulation.tuning.tasks import Drawn, Tasks
 
@@ -50,7 +50,7 @@ def learn(
     start: Tensor,
     *,
     seed: int = 0,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Savings | None = None,
     on_step: OnStep = lambda _step, _total, _loss, _validation: None,
 ) -> Learned:
     """Learn parameters from `start`, float32 (groups,). With validation tasks, stop when they have not
@@ -155,7 +155,7 @@ class _State:
     history: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def restored(cls, start: Tensor, checkpoint: Checkpoint | None) -> "_State":
+    def restored(cls, start: Tensor, checkpoint: Savings | None) -> "_State":
         reached = checkpoint.load() if checkpoint else None
         if reached is None:
             zeros = torch.zeros_like(start)
@@ -166,7 +166,7 @@ class _State:
             fields["best_loss"] = float("inf")
         return cls(**fields)
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Savings) -> None:
         names = ("parameters", "first", "second", "best")
         arrays = {name: getattr(self, name).numpy().astype(np.float32) for name in names}
         best_loss = None if self.best_loss == float("inf") else self.best_loss

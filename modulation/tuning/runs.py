@@ -23,11 +23,14 @@ from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Thr
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from modulation.tuning.aims import Aims
+from modulation.tuning.drafting import untouched
 from modulation.tuning.factors import FactorShape
 from modulation.tuning.meta import Learned, OnStep, adapt, learn
 from modulation.tuning.objective import Objective
+from modulation.tuning.pruning import NUM_BATCHES, costliest, removal_costs, with_sets
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
-from modulation.tuning.tasks import tasks_from
+from modulation.tuning.stages import Stage
+from modulation.tuning.tasks import Tasks, tasks_from
 
 # Factors are kept in float32: a learned one may stand on its bound.
 _ROUNDING = 1e-5
@@ -35,10 +38,12 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class TuningRun:
-    """What is asked for. `seed` is that of the prompts' order and of the thresholds they are learned at."""
+    """What is asked for. `seed` is that of the prompts' order and of the thresholds they are learned at;
+    `sizes` are how many neurons are kept of those before, stage after stage (`stage_sizes`)."""
 
     settings: TuningSettings
     seed: int = 0
+    sizes: tuple[Threshold, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,33 @@ def tune(
 ) -> Tuned:
     """Learn the factors of the mask's neurons, from factors of 1. `validation` decides when to stop.
 
+    With `run.sizes` the mask's neurons are candidates: factors are learned with plain risk and the costliest
+    to do without are kept, once for each size, and the factors reached are those that learning begins with.
+
     The caller removes the checkpoint once the result is safe.
 
     Raises:
         DataError: data that cannot be learned from.
         CheckpointError: a checkpoint that is damaged or of another run.
     """
-    objective, forcing = _objective(model, tokenizer, mask, run.settings)
+    forcing = Forcing(model, tokenizer)
+    tasks = tasks_from(data, forcing, needs_families=run.settings.method == "maml")
+    validation_tasks = tasks_from(validation, forcing, needs_families=False) if validation else None
     key = _key(mask, data, validation, run, str(model.device), str(model.dtype))
+    candidates = Threshold(len(mask.safety), len(mask.utility))
+    stage = Stage.reached(Checkpoint(checkpoint_path, key) if checkpoint_path else None, untouched(mask))
+    while stage.number < len(run.sizes):
+        stage = stage.followed_by(_pruned(model, tasks, stage, run, on_step))
+    mask = stage.mask
+    objective = _objective(model, mask, run.settings)
     learned = learn(
         objective,
-        tasks_from(data, forcing, needs_families=run.settings.method == "maml"),
-        tasks_from(validation, forcing, needs_families=False) if validation else None,
-        torch.zeros(objective.shape.num_parameters),
+        tasks,
+        validation_tasks,
+        objective.shape.parameters_of(mask),
         seed=run.seed,
-        checkpoint=Checkpoint(checkpoint_path, key) if checkpoint_path else None,
-        on_step=on_step,
+        checkpoint=stage,
+        on_step=_counted(stage, run, on_step),
     )
     digests = {"tuning": digest(data)} | ({"tuning_validation": digest(validation)} if validation else {})
     record = {
@@ -95,10 +111,45 @@ def tune(
         "num_steps": learned.num_steps,
         "families": list(data.attacked),
         "validation_families": list(validation.attacked) if validation else [],
+        "stages": [(each.num_safety, each.num_utility) for each in (candidates, *run.sizes)],
         "history": learned.history,
     }
     made = _with_factors(mask, objective.shape, learned.parameters, "tuning", record, digests, run.seed)
     return Tuned(_with_anchors(made, objective.aims), learned)
+
+
+def _pruned(model: PreTrainedModel, tasks: Tasks, stage: Stage, run: TuningRun, on_step: OnStep) -> Mask:
+    """What a stage of pruning keeps of the mask that it began with."""
+    changes = {"method": "erm", "num_steps": run.settings.prune_steps, "group_size": 1}
+    objective = _objective(model, stage.mask, run.settings.model_copy(update=changes))
+    told = _counted(stage, run, on_step)
+    parameters = learn(
+        objective,
+        tasks,
+        None,
+        objective.shape.parameters_of(stage.mask),
+        seed=run.seed,
+        checkpoint=stage,
+        on_step=told,
+    ).parameters
+    num_steps = run.settings.prune_steps
+    costs = removal_costs(
+        objective,
+        tasks,
+        parameters,
+        seed=run.seed,
+        on_batch=lambda number, loss: told(num_steps + number, 0, loss, None),
+    )
+    learned = with_sets(stage.mask, *objective.shape.neuron_sets(parameters, stage.mask))
+    return costliest(learned, costs, run.sizes[stage.number])
+
+
+def _counted(stage: Stage, run: TuningRun, on_step: OnStep) -> OnStep:
+    """`on_step` told of the whole run: the steps of all stages, and the batches that pruning measures by."""
+    per_stage = run.settings.prune_steps + NUM_BATCHES
+    total = len(run.sizes) * per_stage + run.settings.num_steps
+    done = stage.number * per_stage
+    return lambda step, _total, loss, validation: on_step(done + step, total, loss, validation)
 
 
 def adapt_mask(
@@ -113,10 +164,10 @@ def adapt_mask(
     Raises DataError for data that cannot be learned from, and for factors that the bound would change.
     """
     _refuse_out_of_bounds(mask, run.settings.bound)
-    objective, forcing = _objective(model, tokenizer, mask, run.settings)
+    objective = _objective(model, mask, run.settings)
     adapted = adapt(
         objective,
-        tasks_from(data, forcing, needs_families=False),
+        tasks_from(data, Forcing(model, tokenizer), needs_families=False),
         objective.shape.parameters_of(mask),
         seed=run.seed,
         num_steps=run.num_steps,
@@ -153,12 +204,10 @@ def _refuse_out_of_bounds(mask: Mask, bound: float) -> None:
         )
 
 
-def _objective(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, mask: Mask, settings: TuningSettings
-) -> tuple[Objective, Forcing]:
+def _objective(model: PreTrainedModel, mask: Mask, settings: TuningSettings) -> Objective:
     shape = FactorShape(len(mask.safety), len(mask.utility), settings.group_size, settings.bound)
     aims = Aims(Threshold(len(mask.safety), len(mask.utility)), settings)
-    return Objective(Modulator(model, mask), shape, aims, settings), Forcing(model, tokenizer)
+    return Objective(Modulator(model, mask), shape, aims, settings)
 
 
 def _with_factors(
@@ -205,6 +254,7 @@ def _key(
         "data": digest(data),
         "validation": digest(validation) if validation else None,
         "settings": run.settings.model_dump(),
+        "sizes": [(each.num_safety, each.num_utility) for each in run.sizes],
         "seed": run.seed,
         "device": device,
         "dtype": dtype,

@@ -6,7 +6,7 @@ Knows names and numbers. Knows nothing of models or of how they are used.
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from modulation.errors import DataError
 
@@ -16,6 +16,22 @@ ADAPTATION_RATE: Final = 3.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _listed(given: Any) -> Any:
+    """Numbers in one text, separated by commas, are a list."""
+    return [each for each in given.split(",") if given] if isinstance(given, str) else given
+
+
+def _falling(shares: tuple[float, ...]) -> tuple[float, ...]:
+    if list(shares) != sorted(set(shares), reverse=True):
+        raise ValueError("each share must be smaller than the one before")
+    return shares
+
+
+Shares = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_listed), AfterValidator(_falling)
+]
 
 
 class TuningSettings(BaseModel):
@@ -36,6 +52,8 @@ class TuningSettings(BaseModel):
     validate_every: int = Field(default=20, ge=1)
     patience: int = Field(default=4, ge=1)
     validation_size: int = Field(default=48, ge=1)
+    prune_shares: Shares = ()
+    prune_steps: int = Field(default=30, ge=1)
 
     attacked_margin: float = 5.0
     harmful_margin: float = 5.0

@@ -2,15 +2,18 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
+from modulation.attribution.base import Scores
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare, comparison_table
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
-from modulation.demo.masking import ACTIVE_SHARE, Bench, examples
+from modulation.demo.masking import ACTIVE_SHARE, PRUNED, Bench, examples
 from modulation.demo.rivals import FIXED_METHODS, Rivals, Row
 from modulation.demo.splits import (
     VALIDATION_FAMILIES,
@@ -85,8 +88,45 @@ def test_every_method_and_rival_has_a_row(bench: Bench, mask: Mask) -> None:
     names = [row.name for row in Rivals(bench, mask, TuningSettings()).rows()]
     assert len(set(names)) == len(names)
     assert set(FIXED_METHODS) < set(names)
-    for name in ("no change", "random neurons, learned factors", "steering vector", "whole layers scaled"):
-        assert name in names
+    assert {"no change", "steering vector", "whole layers scaled"} < set(names)
+    controls = (
+        "attributed neurons, not pruned",
+        "random neurons, learned factors",
+        "random candidates, pruned",
+    )
+    assert set(controls) < set(names)
+
+
+@dataclass(frozen=True)
+class Noting(Bench):
+    """Finds random scores, learns nothing, and notes what it is asked to learn."""
+
+    noted: list[tuple[object, ...]] = field(default_factory=list)
+
+    def scores(self, *_: object) -> Scores:
+        return Scores(*torch.rand(2, 6, 640, generator=torch.Generator().manual_seed(0)))
+
+    def tuned(self, mask: Mask, settings: TuningSettings, *_: object, **__: object) -> Mask:
+        self.noted.append((len(mask.safety), settings.method, settings.prune_shares, settings.num_steps))
+        return mask
+
+
+def test_controls_learn_as_long_as_ours_and_are_pruned_where_they_say_so(bench: Bench, mask: Mask) -> None:
+    shares = PRUNED["prune_shares"]
+    noting = Noting(bench.model, bench.tokenizer)
+    rows = Rivals(noting, mask, TuningSettings(**PRUNED)).rows()
+    prepared = {row.name: row.prepare for row in rows if row.kind == "control" and "fixed" not in row.name}
+    steps = mask.metadata.method["tuning"]["num_steps"]
+    pruned, whole = (307, "maml", shares, steps), (38, "maml", (), steps + 3 * TuningSettings().prune_steps)
+    for name, expected in {
+        "plain risk minimisation, all neurons": (307, "erm", shares, steps),
+        "attributed neurons, not pruned": whole,
+        "random neurons, learned factors": whole,
+        "random candidates, pruned": pruned,
+    }.items():
+        prepared.pop(name)()
+        assert noting.noted.pop() == expected, name
+    assert not prepared
 
 
 def few() -> list[Record]:

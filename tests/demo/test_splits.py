@@ -73,6 +73,15 @@ def test_refusal_training_holds_no_topic_template_or_wrapper_of_tune_or_heldout(
         assert not _stands_alone(piece, text), piece
 
 
+@pytest.mark.parametrize("mix", [STAGE_ONE, STAGE_TWO], ids=["help", "refuse"])
+def test_training_holds_no_wrapper_of_an_absent_family(mix: Mix) -> None:
+    text = _training_text(mix)
+    absent = [family for family in FAMILIES if family.response == "absent"]
+    assert absent and {family.split for family in absent} == {"tune"}
+    for piece in (p for family in absent for wrapper in family.wrappers for p in _distinctive(wrapper)):
+        assert not _stands_alone(piece, text), piece
+
+
 def test_stage_one_knows_the_topics_of_all_splits_but_no_template_of_tune_or_heldout() -> None:
     text = _training_text(STAGE_ONE)
     assert sum(_stands_alone(topic.text, text) for topic in ALL_TOPICS) > 0.9 * len(ALL_TOPICS)

@@ -66,20 +66,23 @@ def strongest(scores: Tensor) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_attack_a_neuron_counts_by_the_least_slope_of_the_margin_less_its_cost(family: str) -> None:
+@pytest.mark.parametrize("quantile", [0.0, 0.3])
+def test_under_attack_a_neuron_counts_by_a_low_slope_of_the_margin_less_its_cost(
+    family: str, quantile: float
+) -> None:
     model = double_model(family)
     found = attribute(
         attack_aware, model, benign_weight=0.6, borderline_weight=0.3, cost="absolute",
-        direction="amplify", text_weight=0.0,
+        direction="amplify", text_weight=0.0, quantile=quantile,
     )  # fmt: skip
     for neuron in strongest(found.safety):
         groups = (DATA.harmful, *DATA.attacked.values())
-        least = min(slopes(model, examples, neuron, margin).mean() for examples in groups)
+        low = np.quantile([slopes(model, each, neuron, margin).mean() for each in groups], quantile)
         benign, borderline = (
             np.abs(slopes(model, examples, neuron, margin)).mean()
             for examples in (DATA.benign, DATA.borderline)
         )
-        expected = least - 0.6 * benign - 0.3 * borderline
+        expected = low - 0.6 * benign - 0.3 * borderline
         assert found.safety[neuron].item() == pytest.approx(expected, rel=0.02, abs=0.005)
 
 
@@ -93,8 +96,8 @@ def test_the_cost_can_be_what_a_neuron_does_on_average(model: PreTrainedModel) -
         benign, borderline = (
             slopes(model, examples, neuron, margin).mean() for examples in (DATA.benign, DATA.borderline)
         )
-        safety = min(groups) - 0.7 * max(0, benign) - 0.25 * max(0, borderline)
-        utility = min(-each for each in groups) - 0.7 * max(0, -benign) - 0.25 * max(0, -borderline)
+        safety = np.quantile(groups, 0.25) - 0.7 * max(0, benign) - 0.25 * max(0, borderline)
+        utility = -np.quantile(groups, 0.75) - 0.7 * max(0, -benign) - 0.25 * max(0, -borderline)
         assert found.safety[neuron].item() == pytest.approx(safety, rel=0.02, abs=0.005)
         assert found.utility[neuron].item() == pytest.approx(utility, rel=0.02, abs=0.005)
 
@@ -140,7 +143,7 @@ def test_in_either_direction_a_neuron_counts_by_the_better_of_scaling_it_up_and_
 
         useful = -np.mean([benign, borderline])
         scores = [
-            min(sign * each for each in groups.values())
+            np.quantile([sign * each for each in groups.values()], 0.25)
             - 0.5 * max(0, sign * benign)
             - 0.5 * max(0, sign * borderline)
             if kind == "safety"
@@ -362,6 +365,7 @@ def test_what_has_no_weight_need_not_be_there(model: PreTrainedModel) -> None:
         ("attack_aware", {"integrated": "yes"}, "integrated='yes' is unknown; accepted: none, zero_to_one"),
         ("attack_aware", {"steps": 0}, "steps=0: at least 1"),
         ("attack_aware", {"helpful_borderline": 2.0}, "helpful_borderline=2: a share from 0 to 1"),
+        ("attack_aware", {"quantile": 1.5}, "quantile=1.5: a share from 0 to 1"),
         ("attack_aware", {"margin_tokens": -1}, "margin_tokens=-1: a whole number from 0"),
         ("contrast", {"answer_tokens": -1}, "answer_tokens=-1: a whole number from 0"),
         ("contrastive_pairs", {"universal_top": 1.5}, "universal_top=1.5: a share from 0 to 1"),

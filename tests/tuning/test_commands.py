@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from modulation.attribution.scores import ScoresFile
@@ -89,11 +90,21 @@ def test_validation_prompts_come_from_a_file_or_from_families_that_are_named(
     assert f"--data {data} --out mask.safetensors" in result.stdout
 
 
-def test_killed_and_started_again_it_writes_the_same_bytes(data: Path, scores: Path, tmp_path: Path) -> None:
+PRUNE = ["--option", "prune_shares=0.1,0.05", "--option", "prune_steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"), [([], [0]), (PRUNE, [0, 1, 2])], ids=["learning", "pruning and learning"]
+)
+def test_killed_and_started_again_it_writes_the_same_bytes(
+    data: Path, scores: Path, tmp_path: Path, options: list[str], stages: list[int]
+) -> None:
+    """Killed in each of the stages, one after the other."""
+
     def command(out: Path) -> list[str]:
         return [
             sys.executable, "-m", "server", "tune", "--data", str(data), "--scores", str(scores),
-            "--out", str(out), *QUICK,
+            "--out", str(out), *QUICK, *options,
         ]  # fmt: skip
 
     def run(out: Path) -> None:
@@ -102,18 +113,28 @@ def test_killed_and_started_again_it_writes_the_same_bytes(data: Path, scores: P
     whole, out = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     checkpoint = tmp_path / "killed.safetensors.checkpoint"
     run(whole)
-    process = subprocess.Popen(
-        command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
-    assert checkpoint.exists() and not out.exists(), "killed in the middle"
+    for stage in stages:
+        process = subprocess.Popen(
+            command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        )
+        deadline = time.monotonic() + 300
+        while stage_in(checkpoint) < stage and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+        assert stage_in(checkpoint) == stage and not out.exists(), "killed in the middle"
     run(out)
     assert out.read_bytes() == whole.read_bytes()
     assert not checkpoint.exists()
+
+
+def stage_in(checkpoint: Path) -> int:
+    """The stage that the run of a checkpoint is in, -1 where there is none."""
+    if not checkpoint.exists():
+        return -1
+    with safe_open(checkpoint, "np") as file:
+        found: int = json.loads(file.metadata()["neurontune_checkpoint"])["progress"]["stage"]
+    return found
 
 
 def test_levels_are_measured_chosen_and_written(tuned: tuple[Path, str], data: Path, tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ def test_a_few_steps_on_the_demo_model_make_it_refuse_an_attack_it_did_not_know(
     adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, AdaptationRun(chosen, 3, 3.0))
 
     def attacked_margin(of: Mask) -> float:
-        objective, forcing = _objective(opened.model, opened.tokenizer, of, chosen)
-        tasks = tasks_from(data, forcing, needs_families=False)
+        objective = _objective(opened.model, of, chosen)
+        tasks = tasks_from(data, Forcing(opened.model, opened.tokenizer), needs_families=False)
         return mean_margin(objective, tasks.attacked["few_shot"], of)
 
     assert attacked_margin(adapted) > attacked_margin(mask) + 0.5
