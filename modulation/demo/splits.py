@@ -16,7 +16,7 @@ from modulation.demo.corpus import family_names, records
 from modulation.demo.topics import Kind, topics
 from modulation.evaluation.data import Record
 
-VALIDATION_FAMILIES: Final = ("emotion", "warning_label", "markup", "translation", "interview", "flattery")
+VALIDATION_FAMILIES: Final = ("emotion", "warning_label", "markup", "translation", "flattery")
 VALIDATION_WRAPPER: Final = "newsgroup"
 _VALIDATION_SHARE: Final = 0.25
 _TOPICS_SEED: Final = 0

@@ -47,7 +47,7 @@ class TuningSettings(BaseModel):
     num_steps: int = Field(default=80, ge=1)
     batch_size: int = Field(default=64, ge=8)
     rate: Positive = 0.1
-    bound: float = Field(default=8.0, gt=1, le=1e4, allow_inf_nan=False)
+    bound: float = Field(default=32.0, gt=1, le=1e4, allow_inf_nan=False)
     group_size: int = Field(default=1, ge=1)
     validate_every: int = Field(default=20, ge=1)
     patience: int = Field(default=4, ge=1)
