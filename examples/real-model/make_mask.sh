@@ -20,8 +20,8 @@ BORDERLINE_KIND=${BORDERLINE_KIND:-}
 OUT=${OUT:-build/real-model}
 REFUSAL=${REFUSAL:-}
 
-TUNING_ATTACKS=${TUNING_ATTACKS:-override,persona,hypothetical,format_request,opener,grandmother,classroom,code_comment,emotion,query,shell,mail,threat,urgency,crowd,history,verse,distraction,survey,obedience}
-VALIDATION_ATTACKS=${VALIDATION_ATTACKS:-authority,puzzle,few_shot,warning_label,markup,translation,interview,flattery}
+TUNING_ATTACKS=${TUNING_ATTACKS:-override,persona,hypothetical,format_request,opener,grandmother,classroom,code_comment,emotion,query,shell,mail,threat,urgency,crowd,verse,distraction,survey,obedience}
+VALIDATION_ATTACKS=${VALIDATION_ATTACKS:-authority,puzzle,few_shot,warning_label,markup,translation,flattery}
 TEST_ATTACKS=${TEST_ATTACKS:-fiction,foreign,no_apology,json,debate,reward,noise_suffix}
 VALIDATION_SHARE=${VALIDATION_SHARE:-0.33}
 TEST_SHARE=${TEST_SHARE:-0.25}
