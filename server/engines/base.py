@@ -25,7 +25,14 @@ class PromptTooLongError(PromptError):
 
 
 class GrammarError(EngineError):
-    """The grammar asked for cannot be used: it is malformed, or says what the engine cannot enforce."""
+    """The grammar asked for cannot be used: it is malformed, or says what the engine cannot enforce.
+
+    `param` names the field that it comes from.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnsupportedByEngineError(EngineError):
@@ -102,10 +109,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What every answer must match: JSON that fits a JSON schema, or a Lark grammar of llguidance's kind."""
+    """What every answer must match: JSON that fits a JSON schema, or a Lark grammar of llguidance's kind.
+
+    `param` names the request's field that asks for it.
+    """
 
     kind: Literal["json_schema", "lark"]
     text: str
+    param: str = "response_format"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,10 @@ class Grammars:
             else:
                 compiled = llguidance.LLMatcher.grammar_from_lark(grammar.text)
         except ValueError as error:
-            raise GrammarError(f"The grammar cannot be used: {_first_line(error)}") from error
+            raise _refused(grammar, error) from error
         matcher = llguidance.LLMatcher(self._tokenizer, compiled, log_level=0)
         if matcher.is_error():
-            raise GrammarError(f"The grammar cannot be used: {_first_line(matcher.get_error())}")
+            raise _refused(grammar, matcher.get_error())
         return GrammarMatcher(matcher, self._tokenizer.vocab_size)
 
 
@@ -77,6 +77,10 @@ class GrammarMatcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(f"the grammar could not be followed: {_first_line(self._matcher.get_error())}")
+
+
+def _refused(grammar: Grammar, error: object) -> GrammarError:
+    return GrammarError(f"The grammar of {grammar.param} cannot be used: {_first_line(error)}", grammar.param)
 
 
 def _first_line(error: object) -> str:

@@ -165,7 +165,7 @@ class ToolFormat:
             f"function: {' | '.join(f'f{number}' for number in range(len(chosen)))}",
             *(f"f{number}: {_function_rule(each)}" for number, each in enumerate(chosen)),
         ]
-        return Grammar("lark", "\n".join(lines) + "\n")
+        return Grammar("lark", "\n".join(lines) + "\n", param="tools")
 
     def _regions(self, answer: str, prompt: str) -> Iterator[tuple[list[int], int]]:
         """Where calls may stand: one may begin at each of some places, and end at one.
