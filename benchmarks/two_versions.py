@@ -56,13 +56,15 @@ async def _run(arguments: argparse.Namespace) -> None:
                     firsts[name].append(first)
                     speeds[name].append(speed)
     for name in clients:
-        print(
+        sys.stdout.write(
             f"{name:6} first token {1000 * statistics.median(firsts[name]):7.1f} ms   "
-            f"{statistics.median(speeds[name]):7.1f} tokens/s"
+            f"{statistics.median(speeds[name]):7.1f} tokens/s\n"
         )
     first = statistics.median(b / a for a, b in zip(firsts["this"], firsts["other"], strict=True))
     speed = statistics.median(a / b for a, b in zip(speeds["this"], speeds["other"], strict=True))
-    print(f"ratio  first token {first:.3f}   tokens/s {speed:.3f}   (1: alike, above: this one is faster)")
+    sys.stdout.write(
+        f"ratio  first token {first:.3f}   tokens/s {speed:.3f}   (1: alike, above: this one is faster)\n"
+    )
 
 
 @asynccontextmanager
