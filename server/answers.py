@@ -198,7 +198,7 @@ class _ChatStream:
         self._watch = Watch([tools.marker]) if tools and tools.marker else None
         self._text: list[str] = []
         self._has_begun = False
-        self._num_passed = 0
+        self._passed = ""
 
     def chunks(self, output: Output) -> Iterator[BaseModel]:
         if not self._has_begun:
@@ -224,10 +224,12 @@ class _ChatStream:
         passed = self._watch.push(text) if self._watch else ""
         self._text.append(text)
         if not is_last:
-            self._num_passed += len(passed)
+            self._passed += passed
             return passed, ()
         parsed = self._tools.calls_in("".join(self._text))
-        return parsed.content[self._num_passed :], parsed.tool_calls
+        # With calls, white space around what is said falls away: it may have passed already.
+        before = self._passed if parsed.content.startswith(self._passed) else self._passed.strip()
+        return parsed.content.removeprefix(before), parsed.tool_calls
 
     def _chunk(
         self,

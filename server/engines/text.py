@@ -82,7 +82,7 @@ class ChatText:
     @property
     def tool_marker(self) -> str:
         """With what a tool call begins in an answer's text; empty: not known."""
-        return ""
+        return self._tool_format.marker if self._tool_format is not None else ""
 
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
         """A grammar of answers that call a tool. Raises UnsupportedByEngineError and GrammarError."""

@@ -108,6 +108,7 @@ class ToolFormat:
         self._added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         fields = template["fields"]
+        self._open = fields.get(_CALLS, {}).get("open")
         self.markers = frozenset(_named(special, list(fields.values())))
         self._silent = self.markers - _named(special, fields.get(_CALLS))
 
@@ -115,6 +116,12 @@ class ToolFormat:
     def knows_calls(self) -> bool:
         field = self._template.fields.get(_CALLS)
         return field is not None and field.open_re is not None
+
+    @property
+    def marker(self) -> str:
+        """With what a call begins in an answer's text; empty where that is not one fixed text."""
+        literal = self._open if isinstance(self._open, str) else ""
+        return "" if self._silent else literal
 
     def parse(self, answer: str, prompt: str, tools: Sequence[Mapping[str, Any]]) -> ParsedAnswer:
         """Take apart what was said after `prompt`. What is no proper call of one of `tools` stays text."""
@@ -291,7 +298,9 @@ def _function_rule(function: Mapping[str, Any]) -> str:
     )
     if schema["type"] != "object":
         raise GrammarError(
-            f"The parameters of tool {function['name']!r} are of type {schema['type']!r}; accepted: 'object'."
+            f"The parameters of tool {function['name']!r} are of type {schema['type']!r}; accepted: "
+            "'object'.",
+            "tools",
         )
     before = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
     return f"{_literal(before)} %json {json.dumps(schema | JSON_STYLE)} {_literal('}')}"
