@@ -492,6 +492,10 @@ class CompletionRequest(AnswerRequest):
     def _consistent(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise _conflict("max_tokens: 0 asks for nothing at all; send echo: true with it", "max_tokens")
+        if len(self.prompts) * self.num_choices > MAX_PROMPTS:
+            raise _conflict(
+                f"prompts times n are {len(self.prompts) * self.num_choices}, more than {MAX_PROMPTS}", "n"
+            )
         return self
 
     @property
