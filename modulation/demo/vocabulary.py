@@ -15,14 +15,41 @@ MAX_POSITIONS = 2048
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 IGNORED_LABEL = -100
 
+# ChatML; tools in the manner of Hermes and Qwen.
 CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\n' }}
+{%- if messages and messages[0]['role'] in ['system', 'developer'] %}
+{{- messages[0]['content'] + '\n\n' }}
+{%- endif %}
+{{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
+{{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n' }}
+{%- for tool in tools %}
+{{- tool | tojson + '\n' }}
+{%- endfor %}
+{{- '</tools>\n\nFor each function call, return a json object with function name and arguments ' }}
+{{- 'within <tool_call></tool_call> XML tags:\n<tool_call>\n' }}
+{{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
 {%- for message in messages %}
 {%- if message['role'] not in ['system', 'developer', 'user', 'assistant', 'tool'] %}
 {{- raise_exception("Role '" + message['role'] + "' is unknown; accepted: system, developer, \
 user, assistant, tool.") }}
 {%- endif %}
 {%- set role = 'system' if message['role'] == 'developer' else message['role'] %}
+{%- if tools and loop.first and role == 'system' %}
+{%- elif role == 'assistant' and message['tool_calls'] %}
+{{- '<|im_start|>assistant\n' + (message['content'] + '\n' if message['content'] else '') }}
+{%- for call in message['tool_calls'] %}
+{{- '<tool_call>\n{"name": ' + call['function']['name'] | tojson + ', "arguments": ' }}
+{{- call['function']['arguments'] | tojson + '}\n</tool_call>' + ('' if loop.last else '\n') }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- elif role == 'tool' %}
+{{- '<|im_start|>tool\n<tool_response>\n' + message['content'] + '\n</tool_response><|im_end|>\n' }}
+{%- else %}
 {{- '<|im_start|>' + role + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\n' }}

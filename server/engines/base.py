@@ -256,7 +256,8 @@ class Engine(Protocol):
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
         """A grammar of answers that call a tool: `name`, or any; `several`: one or more, one after another.
 
-        Raises UnsupportedByEngineError where the model's format of tool calls is not known.
+        Raises UnsupportedByEngineError where calls cannot be forced in the model's format or no tool has that
+        name, and GrammarError where a tool's parameters are not an object.
         """
         ...
 

@@ -17,7 +17,7 @@ from server.engines.base import Grammar, GrammarError
 
 # As json.dumps writes it, which is what models have read most of; no free white space, in which a small
 # model loses itself.
-_JSON_STYLE = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+JSON_STYLE = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
 class Grammars:
@@ -40,7 +40,7 @@ class Grammars:
         compiled = grammar.text
         try:
             if grammar.kind == "json_schema":
-                schema = json.dumps(json.loads(grammar.text) | _JSON_STYLE)
+                schema = json.dumps(json.loads(grammar.text) | JSON_STYLE)
                 compiled = llguidance.LLMatcher.grammar_from_json_schema(schema)
             else:
                 compiled = llguidance.LLMatcher.grammar_from_lark(grammar.text)

@@ -4,6 +4,7 @@ Knows a tokenizer. Knows nothing of models, batches or requests.
 """
 
 import inspect
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from server.engines.base import (
     PromptError,
     UnsupportedByEngineError,
 )
+from server.engines.tools import find_tool_format
 
 
 class ChatText:
@@ -31,8 +33,17 @@ class ChatText:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = {
+            number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._control = list(special.values())
+        self._tool_format = find_tool_format(tokenizer)
         self.stop_ids = frozenset(stop_ids)
+        markers = self._tool_format.markers if self._tool_format is not None else frozenset()
+        self._silent = self.stop_ids | special.keys()
+        self._silent_but_markers = self.stop_ids | {
+            number for number, token in special.items() if token not in markers
+        }
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens: of a conversation, up to where the assistant's answer begins.
@@ -63,7 +74,10 @@ class ChatText:
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         """Take an answer apart by the model's format of tool calls."""
-        raise NotImplementedError
+        if self._tool_format is None or not chat.tools:
+            return ParsedAnswer(text, ())
+        prompt = self._apply_template(chat, tools=list(chat.tools))
+        return self._tool_format.parse(text, prompt, chat.tools)
 
     @property
     def tool_marker(self) -> str:
@@ -71,13 +85,15 @@ class ChatText:
         return ""
 
     def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
-        """A grammar of answers that call a tool."""
-        raise NotImplementedError
+        """A grammar of answers that call a tool. Raises UnsupportedByEngineError and GrammarError."""
+        if self._tool_format is None:
+            raise UnsupportedByEngineError(_UNKNOWN_FORMAT, "tool_choice")
+        return self._tool_format.grammar(chat.tools, name, several)
 
     def _rendered(self, chat: Chat) -> str:
         if not chat.messages:
             raise PromptError("The conversation has no messages; send at least one.")
-        self._refuse_control_tokens(chat.messages)
+        self._refuse_control_tokens(chat)
         self._refuse_arguments(chat.template_arguments)
         text = self._apply_template(chat, tools=list(chat.tools) or None)
         if chat.tools and text == self._apply_template(chat, tools=None):
@@ -86,6 +102,8 @@ class ChatText:
                 "was trained to call them.",
                 "tools",
             )
+        if chat.tools and self._tool_format is None:
+            raise UnsupportedByEngineError(_UNKNOWN_FORMAT, "tools")
         return text
 
     def _apply_template(self, chat: Chat, tools: list[Any] | None) -> str:
@@ -125,20 +143,31 @@ class ChatText:
                     f"{self._vocabulary - 1}."
                 )
 
-    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+    def _refuse_control_tokens(self, chat: Chat) -> None:
         """A control token in a message would be read as one: a user could write the assistant's turn."""
-        for number, message in enumerate(messages):
+        places = [(f"Message {number}", _written(each)) for number, each in enumerate(chat.messages)]
+        places += [
+            (f"Tool {number}", json.dumps(each, ensure_ascii=False)) for number, each in enumerate(chat.tools)
+        ]
+        for place, text in places:
             for token in self._control:
-                if token in message.content:
+                if token in text:
                     raise PromptError(
-                        f"Message {number} contains {token!r}, a control token of this model. Take it "
+                        f"{place} contains {token!r}, a control token of this model. Take it "
                         "out, or break it up, for example with a space."
                     )
 
-    def stream(self) -> "TextStream":
-        """A new stream that turns one answer's tokens into text."""
-        return TextStream(self._tokenizer, self.stop_ids)
+    def stream(self, prompt: Prompt) -> "TextStream":
+        """A new stream that turns the tokens of one answer to `prompt` into text. Where tools may be called,
+        the text keeps the control tokens that `parse` looks for."""
+        has_tools = isinstance(prompt, Chat) and bool(prompt.tools)
+        return TextStream(self._tokenizer, self._silent_but_markers if has_tools else self._silent)
 
+
+_UNKNOWN_FORMAT = (
+    "How this model writes calls of tools is not known: its tokenizer has no response template that tells, "
+    "nor does its chat template write them as Hermes and Qwen do. Leave tools out, or serve another model."
+)
 
 # What transformers itself gives to every template.
 _OF_TEMPLATES = frozenset({"messages", "raise_exception", "strftime_now", "tojson"})
@@ -157,19 +186,26 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-class TextStream:
-    """Turns one answer's tokens into text, holding back what is not yet a whole character."""
+def _written(message: Message) -> str:
+    """All that a message brings into a prompt."""
+    calls = json.dumps([dict(each) for each in message.tool_calls], ensure_ascii=False)
+    return "\n".join((message.content, calls, message.tool_call_id or "", message.name or ""))
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> None:
+
+class TextStream:
+    """Turns one answer's tokens into text, holding back what is not yet a whole character. `silent` tokens
+    have no text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, silent: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._silent = silent
+        self._decoder = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._text = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that became complete with these tokens; stop tokens have none."""
-        kept = [token for token in token_ids if token not in self._stop_ids]
+        """The text that became complete with these tokens."""
+        kept = [token for token in token_ids if token not in self._silent]
         self._ids += kept
         backend = self._tokenizer.backend_tokenizer
         text = "".join(self._decoder.step(backend, token) or "" for token in kept)
@@ -178,7 +214,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What was still held back: an answer cut inside a character ends with U+FFFD."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=False)
         assert isinstance(whole, str), type(whole)
         if not whole.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""  # nothing is held back but the pieces of a character

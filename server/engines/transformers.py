@@ -204,7 +204,7 @@ class TransformersEngine:
             )
             if added is None or not self._manager.is_running():
                 raise self._unavailable()
-            text, seen = self._text.stream(), 0
+            text, seen = self._text.stream(request.prompt), 0
             while True:
                 step = await outputs.get()
                 if step is None or step.error is not None:
