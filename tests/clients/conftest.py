@@ -1,0 +1,67 @@
+"""One server on the demo model for all clients: in a thread of its own, on a real socket."""
+
+import asyncio
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from openai import OpenAI
+
+from modulation.demo import MASK_FILE, MODEL_DIR
+from server.app import create_app
+from server.engines.base import Engine
+from server.engines.transformers import TransformersEngine
+from server.process import bind
+from server.settings import Settings
+
+START_SECONDS = 30
+
+
+@contextmanager
+def serving(engine: Engine) -> Iterator[str]:
+    """A server on `engine` and its address, until the `with` ends."""
+    listener = bind("127.0.0.1", 0)
+    config = uvicorn.Config(
+        create_app(Settings(), engine), log_level="error", timeout_graceful_shutdown=5, server_header=False
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        for _ in range(START_SECONDS * 100):
+            if server.started or not thread.is_alive():
+                break
+            threading.Event().wait(0.01)
+        assert server.started, "the server did not start"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """Where the server listens, without `/v1`."""
+    engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
+    with serving(engine) as found:
+        yield found
+    # The engine's end collects garbage; what clients left open until now is theirs, not ours.
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        del engine
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def base_url(address: str) -> str:
+    """What clients take as the API's address."""
+    return f"{address}/v1"
+
+
+@pytest.fixture(scope="session")
+def client(base_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        yield client
