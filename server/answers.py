@@ -3,6 +3,7 @@
 Knows OpenAI's types and server-sent events. Knows no level, no request field, no connection.
 """
 
+import asyncio
 import codecs
 import json
 import logging
@@ -286,7 +287,9 @@ class CompletionAnswers:
             for choice, part in enumerate(parts)
         ]
         fields = self._head.fields("text_completion")
-        return _json(Completion(**fields, choices=choices, usage=self._head.usage()))
+        body = Completion(**fields, choices=choices, usage=self._head.usage())
+        # Off the event loop: the log-probabilities of many prompts are megabytes of text.
+        return await asyncio.to_thread(_json, body)
 
     async def events(self, outputs: Choices, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         offsets = [_Offsets() for _ in self._range]
@@ -357,7 +360,7 @@ class _CompletionPart:
             None if chosen.logprob is None else _finite(chosen)
         )
         cast(list[dict[str, float] | None], logprobs.top_logprobs).append(
-            None if chosen.logprob is None else {each.text: _finite(each) for each in (chosen, *place.top)}
+            None if chosen.logprob is None else {each.text: _finite(each) for each in (*place.top, chosen)}
         )
 
 

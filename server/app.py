@@ -26,7 +26,7 @@ from server.errors import (
     kind_of,
 )
 from server.metrics import CountRequests, Metrics
-from server.request_ids import RequestIds
+from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.asking import Asking
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -80,8 +80,10 @@ class _ErrorResponse(JSONResponse):
         return json.dumps(content).encode("ascii")
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return _ErrorResponse(error_body(error), status_code=kind_of(error).status)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    # What nobody expected is answered outside of the middleware that gives every answer its id.
+    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else None
+    return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
+SCOPE_KEY: Final = "neurontune.request_id"
 _USABLE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -25,7 +26,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        name = given if _USABLE.fullmatch(given) else uuid.uuid4().hex
+        name = scope[SCOPE_KEY] = given if _USABLE.fullmatch(given) else uuid.uuid4().hex
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":

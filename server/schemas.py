@@ -7,7 +7,7 @@ not supported stands here with the values that change nothing; any other value i
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +30,7 @@ CONFLICT: Final = "conflict"
 MAX_INT32: Final = 2**31 - 1
 MAX_STOPS: Final = 4
 MAX_DIGITS: Final = 9
+MAX_DEPTH: Final = 64
 DEFAULT_MAX_TOKENS: Final = 16
 MAX_CHOICES: Final = 128
 MAX_TOP_LOGPROBS: Final = 20
@@ -80,22 +81,52 @@ def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _readable(value: Any, depth: int = 0) -> Any:
+    """A JSON value whose text can be encoded and which is not nested without bounds."""
+    if depth > MAX_DEPTH:
+        raise PydanticCustomError("depth", "is nested more than {most} deep", {"most": MAX_DEPTH})
+    if isinstance(value, str):
+        _encodable(value)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            _encodable(name)
+            _readable(each, depth + 1)
+    elif isinstance(value, list):
+        for each in value:
+            _readable(each, depth + 1)
+    return value
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call, written as JSON text; an empty text is no arguments."""
+    try:
+        found = json.loads(text, parse_constant=_refuse_constant) if text else {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise PydanticCustomError(
+            "arguments", "has a tool call whose arguments are not a JSON object written as a string"
+        )
+    _readable(found)
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _biases(given: dict[str, float]) -> dict[str, float]:
     for token in given:
-        if not (token.isascii() and token.isdecimal() and len(token) <= MAX_DIGITS):
+        canonical = token.isascii() and token.isdecimal() and (token == "0" or token[0] != "0")
+        if not canonical or len(token) > MAX_DIGITS:
             raise PydanticCustomError(
                 "token", "has a key that is no token's number: {token}", {"token": repr(token)}
             )
     return given
 
 
-def _not_empty(parts: list["TextPart"]) -> list["TextPart"]:
-    if not any(part.text for part in parts):
-        raise PydanticCustomError("empty", "must not be empty")
-    return parts
-
-
 Text = Annotated[str, AfterValidator(_encodable)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_readable)]
 Level = Annotated[Any, WithJsonSchema({"type": ["string", "integer", "null"]})]
 Nothing = Annotated[Any, Only((None,))]
 NothingOrEmpty = Annotated[Any, Only((None, []))]
@@ -107,7 +138,7 @@ class _Strict(BaseModel):
 
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1)]],
-    Field(max_length=MAX_STOPS),
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
@@ -153,7 +184,7 @@ class AnswerRequest(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         default=None, description="The same, once for each time that the answer has it."
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         default=None, description="Divides positive and multiplies negative logits of tokens seen before."
     )
     logit_bias: LogitBias | None = Field(
@@ -206,12 +237,6 @@ class CalledFunction(_Strict):
     name: Annotated[Text, Field(min_length=1)]
     arguments: Text
 
-    @property
-    def read_arguments(self) -> dict[str, Any]:
-        """The arguments as an object. `ChatMessage` has checked that they are one."""
-        found: dict[str, Any] = json.loads(self.arguments)
-        return found
-
 
 class MessageToolCall(_Strict):
     """A call that an earlier answer made."""
@@ -228,12 +253,12 @@ class ChatMessage(_Strict):
     content: (
         Annotated[
             list[TextPart],
+            Field(fail_fast=True),
             BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-            AfterValidator(_not_empty),
         ]
         | None
     ) = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Annotated[Text, Field(min_length=1)] | None = None
     name: Nothing = None
     refusal: Nothing = None
@@ -252,14 +277,9 @@ class ChatMessage(_Strict):
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise PydanticCustomError("role", "must have tool_call_id if its role is tool, and only then")
         for call in self.tool_calls or ():
-            try:
-                is_object = isinstance(json.loads(call.function.arguments), dict)
-            except (ValueError, RecursionError):
-                is_object = False
-            if not is_object:
-                raise PydanticCustomError(
-                    "arguments", "has a tool call whose arguments are not a JSON object written as a string"
-                )
+            _arguments(call.function.arguments)
+        if not (self.tool_calls or self.role == "tool" or any(part.text for part in self.content or ())):
+            raise PydanticCustomError("empty", "must not have empty content")
         return self
 
     def to_engine(self) -> Message:
@@ -271,7 +291,10 @@ class ChatMessage(_Strict):
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": call.function.read_arguments},
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": _arguments(call.function.arguments),
+                    },
                 }
                 for call in self.tool_calls or ()
             ),
@@ -284,7 +307,7 @@ class FunctionDefinition(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -312,7 +335,7 @@ class JsonSchemaFormat(_Strict):
     """A JSON schema that the answer fits. It is enforced whether `strict` or not."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     description: Text | None = None
     strict: bool | None = None
 
@@ -348,7 +371,9 @@ class ChatCompletionRequest(AnswerRequest):
         }
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(description="The conversation.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] = Field(
+        description="The conversation."
+    )
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = Field(
         default=None, description="Most tokens of the answer; left out: as many as fit the context."
     )
@@ -362,14 +387,16 @@ class ChatCompletionRequest(AnswerRequest):
     response_format: ResponseFormat | None = Field(
         default=None, description="Text, a JSON object, or JSON that fits a schema."
     )
-    tools: list[Tool] | None = Field(default=None, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        default=None, description="Functions that the model may call."
+    )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         default=None, description="Whether tools may, must or must not be called, or which one must."
     )
     parallel_tool_calls: bool | None = Field(
         default=None, description="Whether one answer may call more than one tool; true if left out."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: JsonObject | None = Field(
         default=None, description="Arguments for the model's chat template, those that it reads."
     )
     safety_identifier: Text | None = Field(default=None, description="Recorded nowhere yet.")
@@ -458,8 +485,9 @@ class ChatCompletionRequest(AnswerRequest):
         return [replace(first, sampling=self.sampling(choice)) for choice in range(self.num_choices)]
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT32)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT32)]], Field(min_length=1, fail_fast=True)]
 MAX_PROMPTS: Final = 1024
+MAX_SCORED: Final = 128
 
 
 class CompletionRequest(AnswerRequest):
@@ -473,9 +501,9 @@ class CompletionRequest(AnswerRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     ) = Field(description="Text or tokens, taken as they stand, or a list of them.")
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = Field(
         default=None, description="Most tokens of the answer; 16 if left out; 0 only with `echo`."
@@ -492,10 +520,11 @@ class CompletionRequest(AnswerRequest):
     def _consistent(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise _conflict("max_tokens: 0 asks for nothing at all; send echo: true with it", "max_tokens")
-        if len(self.prompts) * self.num_choices > MAX_PROMPTS:
-            raise _conflict(
-                f"prompts times n are {len(self.prompts) * self.num_choices}, more than {MAX_PROMPTS}", "n"
-            )
+        is_scored = self.echo and self.logprobs is not None
+        number, most = len(self.prompts) * self.num_choices, MAX_SCORED if is_scored else MAX_PROMPTS
+        if number > most:
+            what = "prompts times n, with echo and logprobs," if is_scored else "prompts times n"
+            raise _conflict(f"{what} are {number}, more than {most}", "n")
         return self
 
     @property
@@ -529,9 +558,9 @@ class TokenizeRequest(_Strict):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    chat_template_kwargs: JsonObject | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: Annotated[Any, Only((None, True))] = None
     add_special_tokens: Annotated[Any, Only((None,))] = None
@@ -559,7 +588,7 @@ class DetokenizeRequest(_Strict):
     """The body of `POST /detokenize`."""
 
     model: Text | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=MAX_INT32)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT32)]], Field(fail_fast=True)]
 
 
 def _conflict(message: str, param: str) -> PydanticCustomError:

@@ -19,6 +19,10 @@ class EngineError(Exception):
 class PromptError(EngineError):
     """The caller's prompt cannot be used: it is empty, or the chat template refuses it."""
 
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
 
 class PromptTooLongError(PromptError):
     """The prompt, or the prompt and the answer asked for, do not fit the context."""
@@ -139,7 +143,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token at a place, as text and as bytes (part of a character has no text of its own: U+FFFD).
+    """A token at a place, as text and as bytes. Part of a character has no text of its own: `bytes:\\xe2`.
 
     `logprob` is natural, of the model's own distribution, before bias, penalties, temperature and cuts; None
     for the first token of a prompt, which nothing predicts.
@@ -255,6 +259,10 @@ class Engine(Protocol):
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
         """The text of tokens, control tokens included. Raises PromptError for a number that is no token."""
+        ...
+
+    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """The text of each token by itself. Raises PromptError for a number that is no token."""
         ...
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:

@@ -117,6 +117,9 @@ class FakeEngine:
     async def decode(self, token_ids: tuple[int, ...]) -> str:
         return "".join(VOCABULARY[token] for token in _known(token_ids))
 
+    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(VOCABULARY[token] for token in _known(token_ids))
+
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:  # noqa: ARG002 - it calls no tools
         return ParsedAnswer(text, ())
 

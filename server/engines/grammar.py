@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from server.engines.base import Grammar, GrammarError
+from server.engines.base import Grammar, GrammarError, UnsupportedByEngineError
 
 # As json.dumps writes it, which is what models have read most of; no free white space, in which a small
 # model loses itself.
@@ -26,17 +26,36 @@ class Grammars:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, vocabulary: int, stop_ids: Collection[int]
     ) -> None:
-        self._tokenizer = llguidance.hf.from_tokenizer(
-            tokenizer, n_vocab=vocabulary, eos_token=sorted(stop_ids) or None
-        )
+        self._decode = tokenizer.decode
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._why_not = ""
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(
+                tokenizer, n_vocab=vocabulary, eos_token=sorted(stop_ids) or None
+            )
+        except (ValueError, TypeError) as error:
+            self._why_not = _first_line(error)
 
     def spelling(self, token_id: int) -> bytes:
         """The bytes of a token; of a control token its name."""
+        if self._tokenizer is None:
+            text = self._decode([token_id])
+            assert isinstance(text, str), type(text)
+            return text.encode()
         found: bytes = self._tokenizer.decode_bytes([token_id])
         return found
 
     def matcher(self, grammar: Grammar) -> "GrammarMatcher":
-        """A matcher at the grammar's beginning. Raises GrammarError for one that cannot be enforced."""
+        """A matcher at the grammar's beginning.
+
+        Raises GrammarError for one that cannot be enforced, and UnsupportedByEngineError where none can.
+        """
+        if self._tokenizer is None:
+            raise UnsupportedByEngineError(
+                f"No grammar can be enforced on this model's tokens ({self._why_not}). Leave "
+                f"{grammar.param} out.",
+                grammar.param,
+            )
         compiled = grammar.text
         try:
             if grammar.kind == "json_schema":
@@ -47,6 +66,7 @@ class Grammars:
         except ValueError as error:
             raise _refused(grammar, error) from error
         matcher = llguidance.LLMatcher(self._tokenizer, compiled, log_level=0)
+        matcher.compute_bitmask()  # some grammars compile and then accept nothing, or grow without bounds
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
         return GrammarMatcher(matcher, self._tokenizer.vocab_size)

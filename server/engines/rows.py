@@ -55,6 +55,7 @@ class Row:
     error: str | None = None
     _answer: list[int] = field(default_factory=list)
     _raw: Tensor | None = None
+    _bias: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # an evicted request starts over as another object, and goes on with this row
@@ -76,14 +77,15 @@ class Row:
         if self.num_logprobs is not None:
             self._raw = scores.log_softmax(dim=-1)
         scores = scores.clone()
-        if self.matcher is not None:
-            try:
-                self.matcher.restrict(scores)
-            except ValueError as error:
-                self.error = str(error)
         sampling = self.sampling
-        for token, bias in sampling.logit_bias:
-            scores[token] += bias
+        if sampling.logit_bias:
+            if self._bias is None:
+                biased, values = zip(*sampling.logit_bias, strict=True)
+                self._bias = (
+                    torch.tensor(biased, device=scores.device),
+                    torch.tensor(values, dtype=scores.dtype, device=scores.device),
+                )
+            scores.index_add_(0, *self._bias)
         if sampling.repetition_penalty != 1:
             seen = torch.tensor([[*self.prompt, *self._answer]], device=scores.device)
             penalise = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
@@ -93,6 +95,11 @@ class Row:
             tokens = torch.tensor(list(times), device=scores.device)
             counts = torch.tensor(list(times.values()), dtype=scores.dtype, device=scores.device)
             scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        if self.matcher is not None:  # last: what may not come may not come whatever else is asked for
+            try:
+                self.matcher.restrict(scores)
+            except ValueError as error:
+                self.error = str(error)
         return scores
 
     def after_temperature(self, scores: Tensor) -> Tensor:
@@ -118,12 +125,25 @@ class Row:
     def saw_prompt(self, begin: int, logits: Tensor) -> None:
         """Note the logits, float32 (places, vocabulary), of the prompt's tokens from place `begin` on."""
         assert self.num_prompt_logprobs is not None
-        for place, row in enumerate(logits.log_softmax(dim=-1), start=begin):
-            self.prompt_logprobs[place] = place_logprobs(row, self.prompt[place], self.num_prompt_logprobs)
+        tokens = self.prompt[begin : begin + len(logits)]
+        found = zip(
+            tokens, *_likeliest(logits.log_softmax(dim=-1), tokens, self.num_prompt_logprobs), strict=True
+        )
+        for place, each in enumerate(found, start=begin):
+            self.prompt_logprobs[place] = PlaceLogprobs(*each)
+
+
+def _likeliest(
+    logprobs: Tensor, tokens: Sequence[int], number: int
+) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+    """Of distributions, float32 (places, vocabulary): each one's token's, and the `number` likeliest."""
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
+    top = logprobs.topk(min(number, logprobs.shape[1]), dim=1)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return chosen, [tuple(zip(*each, strict=True)) for each in pairs]
 
 
 def place_logprobs(logprobs: Tensor, token_id: int, number: int) -> PlaceLogprobs:
     """Of a distribution, float32 (vocabulary,): the token's and the `number` likeliest ones'."""
-    top = logprobs.topk(min(number, len(logprobs)))
-    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return PlaceLogprobs(token_id, logprobs[token_id].item(), likeliest)
+    [chosen], [top] = _likeliest(logprobs[None], [token_id], number)
+    return PlaceLogprobs(token_id, chosen, top)

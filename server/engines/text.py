@@ -8,9 +8,10 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import meta
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from server.engines.base import (
     Chat,
@@ -72,6 +73,11 @@ class ChatText:
         assert isinstance(text, str), type(text)
         return text
 
+    def spell(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself. Raises PromptError for a number that is no token."""
+        texts = {token: self.decode([token]) for token in set(token_ids)}
+        return [texts[token] for token in token_ids]
+
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         """Take an answer apart by the model's format of tool calls."""
         if self._tool_format is None or not chat.tools:
@@ -112,7 +118,7 @@ class ChatText:
             text = self._tokenizer.apply_chat_template(
                 turns, tools=tools, tokenize=False, add_generation_prompt=True, **chat.template_arguments
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template may raise anything on what it did not expect
             raise PromptError(f"The model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str), type(text)
         return text
@@ -123,9 +129,9 @@ class ChatText:
             return
         ours = set(inspect.signature(self._tokenizer.apply_chat_template).parameters)
         template = self._tokenizer.get_chat_template()
-        read = meta.find_undeclared_variables(
-            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-        )
+        assert isinstance(template, str), type(template)
+        environment = _compile_jinja_template(template).environment  # with the tags that templates may have
+        read = meta.find_undeclared_variables(environment.parse(template))
         accepted = sorted(read - ours - set(self._tokenizer.special_tokens_map) - _OF_TEMPLATES)
         for name in given:
             if name not in accepted:
@@ -145,7 +151,9 @@ class ChatText:
 
     def _refuse_control_tokens(self, chat: Chat) -> None:
         """A control token in a message would be read as one: a user could write the assistant's turn."""
-        places = [(f"Message {number}", _written(each)) for number, each in enumerate(chat.messages)]
+        arguments = json.dumps(dict(chat.template_arguments), ensure_ascii=False)
+        places = [("chat_template_kwargs", arguments)]
+        places += [(f"Message {number}", _written(each)) for number, each in enumerate(chat.messages)]
         places += [
             (f"Tool {number}", json.dumps(each, ensure_ascii=False)) for number, each in enumerate(chat.tools)
         ]

@@ -171,6 +171,9 @@ class TransformersEngine:
     async def decode(self, token_ids: tuple[int, ...]) -> str:
         return await asyncio.to_thread(self._text.decode, token_ids)
 
+    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(await asyncio.to_thread(self._text.spell, token_ids))
+
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         return self._text.parse(text, chat)
 
@@ -236,7 +239,8 @@ class TransformersEngine:
         for token, _ in request.sampling.logit_bias:
             if token >= self._vocabulary:
                 raise PromptError(
-                    f"logit_bias: {token} is no token of this model; accepted: 0 to {self._vocabulary - 1}."
+                    f"logit_bias: {token} is no token of this model; accepted: 0 to {self._vocabulary - 1}.",
+                    "logit_bias",
                 )
         return Row(
             prompt,
@@ -265,7 +269,11 @@ class TransformersEngine:
 
     def _candidate(self, token_id: int, logprob: float | None) -> Candidate:
         spelling = self._grammars.spelling(token_id)
-        return Candidate(token_id, spelling.decode("utf-8", "replace"), spelling, logprob)
+        try:
+            text = spelling.decode()
+        except UnicodeDecodeError:  # part of a character; as OpenAI writes it
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+        return Candidate(token_id, text, spelling, logprob)
 
     async def close(self) -> None:
         if self._closed:

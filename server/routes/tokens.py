@@ -28,7 +28,7 @@ def tokens_router(asking: Asking) -> APIRouter:
         if body.model is not None:
             refuse_other_model(body.model, asking.model, info)
         tokens = await engine.encode(body.to_engine())
-        spelled = [await engine.decode((token,)) for token in tokens] if body.return_token_strs else None
+        spelled = list(await engine.spell(tokens)) if body.return_token_strs else None
         return {
             "count": len(tokens),
             "max_model_len": info.max_model_len,

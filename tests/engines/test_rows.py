@@ -218,7 +218,13 @@ async def test_200_seeded_answers_under_a_schema_parse_and_fit(engine: Transform
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "objekt"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}]
+    "schema",
+    [
+        {"type": "objekt"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "#"},
+        {"type": "string", "pattern": "("},
+    ],
 )
 async def test_a_schema_that_cannot_be_enforced_is_refused(
     engine: TransformersEngine, schema: dict[str, Any]

@@ -1,5 +1,6 @@
 """The body of `POST /v1/chat/completions`: what each field accepts, and how the rest is refused."""
 
+import json
 from typing import Any
 
 import httpx
@@ -71,9 +72,9 @@ async def test_a_query_parameter_is_not_ignored(client: httpx.AsyncClient) -> No
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
         ({"tool_choice": "required"}, "tool_choice"), ({"tools": [{"type": "search"}]}, "tools.0.type"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}]}, "messages.0"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"temperature": -0.1}, "temperature"), ({"temperature": 2.1}, "temperature"),
@@ -157,3 +158,57 @@ async def test_an_unknown_model_is_not_found(ask: Ask, model: str) -> None:
         return
     error = error_of(response, 404, "model_not_found")
     assert error["param"] == "model" and "demo@utility-priority" in error["message"]
+
+
+SURROGATE = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {SURROGATE: 1}}}]},
+         "tools.0.function.parameters"),
+        ({"response_format": {"type": "json_schema", "json_schema": {
+            "name": "a", "schema": {"pattern": SURROGATE}}}}, "response_format"),
+        ({"chat_template_kwargs": {"a": [SURROGATE]}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
+            "name": "f", "arguments": '{"a": "\\ud800"}'}}]}]}, "messages.0"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
+            "name": "f", "arguments": '{"a": NaN}'}}]}]}, "messages.0"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"), ({"repetition_penalty": 1e-46}, "repetition_penalty"),
+    ],
+)  # fmt: skip
+async def test_what_would_break_further_on_is_refused_at_the_door(
+    client: httpx.AsyncClient, fields: Any, param: str
+) -> None:
+    content = json.dumps({"model": "demo", "messages": [USER], **fields})
+    error = error_of(await client.post(CHAT, content=content), 400, "invalid_value")
+    assert error["param"].startswith(param)
+
+
+async def test_deep_json_is_refused_by_depth(client: httpx.AsyncClient) -> None:
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"a": deep}
+    body = {"model": "demo", "messages": [USER], "chat_template_kwargs": deep}
+    error = error_of(await client.post(CHAT, json=body), 400, "invalid_value")
+    assert "deep" in error["message"]
+
+
+async def test_of_a_million_wrong_items_the_first_is_named(client: httpx.AsyncClient) -> None:
+    """Collecting them all once took seconds in which nobody else was answered."""
+    for path, body in (
+        ("/v1/completions", {"model": "demo", "prompt": [None] * 300_000}),
+        ("/detokenize", {"tokens": [""] * 300_000}),
+        (CHAT, {"model": "demo", "messages": [0] * 300_000}),
+    ):
+        message = error_of(await client.post(path, json=body), 400, "invalid_value")["message"]
+        assert len(message) < 1500
+
+
+@pytest.mark.parametrize("role", ["tool", "assistant"])
+async def test_content_may_be_empty_where_something_else_is_said(ask: Ask, role: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "1", "content": ""}] if role == "tool" else []
+    assert (await ask(messages=turns)).status_code == 200

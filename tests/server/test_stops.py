@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from server.engines.base import Candidate, Output, TokenLogprob
 from server.stops import until_stop
-from tests.server.conftest import Ask, events
+from tests.server.conftest import Ask, Control, events
 
 pytestmark = pytest.mark.anyio
 
@@ -109,3 +109,9 @@ async def test_an_id_is_echoed_or_made_on_answers_and_errors(client: httpx.Async
     assert made[0] and made[0] != made[1]
     odd = await client.get("/health", headers={"X-Request-Id": "x" * 200})
     assert odd.headers["x-request-id"] not in ("", "x" * 200)
+
+
+async def test_an_error_that_nobody_expected_has_its_id_too(ask: Ask, control: Control) -> None:
+    control.fail_at = 0
+    response = await ask(headers={"X-Request-Id": "abc-2"})
+    assert response.status_code == 500 and response.headers["x-request-id"] == "abc-2"
