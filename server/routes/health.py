@@ -9,18 +9,19 @@ from starlette.responses import Response
 
 from server.engines.base import Engine, EngineUnavailableError
 from server.metrics import Metrics
+from server.routes.openapi import TEXT, failing, telling
 
 
 def health_router(engine: Engine, metrics: Metrics) -> APIRouter:
     """The three routes."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", responses=telling(status=TEXT))
     async def health() -> dict[str, str]:
         """Whether the process lives and its event loop turns; not whether it can generate."""
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.get("/ready", responses=telling(503, status=TEXT))
     async def ready() -> dict[str, str]:
         """Whether requests can be answered now. If not, 503 and the engine's reason."""
         state = engine.healthy()
@@ -28,7 +29,9 @@ def health_router(engine: Engine, metrics: Metrics) -> APIRouter:
             raise EngineUnavailableError(state.reason)
         return {"status": "ready"}
 
-    @router.get("/metrics")
+    text = {"description": "Metrics.", "content": {CONTENT_TYPE_LATEST: {"schema": TEXT}}}
+
+    @router.get("/metrics", response_class=Response, responses={200: text, **failing(500)})
     async def prometheus() -> Response:
         """The metrics, in Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -9,13 +9,23 @@ from fastapi import APIRouter
 
 from modulation.levels import SafetyLevel, Threshold
 from server.engines.base import Engine
+from server.routes.openapi import COUNT, TEXT, listed, telling
 
 
 def levels_router(engine: Engine, default: SafetyLevel) -> APIRouter:
     """The route. `default` is the level of a request that names none."""
     router = APIRouter()
 
-    @router.get("/v1/safety-levels")
+    counts = {"num_safety": COUNT, "num_utility": COUNT}
+    told = {
+        "object": TEXT,
+        "default": TEXT,
+        "mask": TEXT,
+        "max": {"type": "object", "required": list(counts), "properties": counts},
+        "data": listed(id=TEXT, **counts),
+    }
+
+    @router.get("/v1/safety-levels", responses=telling(**told))
     async def list_safety_levels() -> dict[str, Any]:
         """The named levels with their thresholds, the default, the mask and its size."""
         info = engine.describe()

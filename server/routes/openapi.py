@@ -42,6 +42,10 @@ _APPLIED: Final = {
     "X-Safety-Neurons": "How many safety and utility neurons were active, with a comma between.",
     "X-Safety-Mask": "The digest of the mask in force.",
 }
+TEXT: Final[dict[str, Any]] = {"type": "string"}
+COUNT: Final[dict[str, Any]] = {"type": "integer", "minimum": 0}
+TEXTS: Final[dict[str, Any]] = {"type": ["array", "null"], "items": TEXT}
+COUNTS: Final[dict[str, Any]] = {"type": "array", "items": COUNT}
 
 
 def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completion"]) -> dict[str, Any]:
@@ -49,10 +53,8 @@ def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completi
     headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _APPLIED.items()}
     content = {
         "application/json": {"schema": inlined(ANSWERS[answer].model_json_schema())},
-        "text/event-stream": {
-            "schema": {"type": "string"},
-            "example": 'data: {"object": "…"}\n\ndata: [DONE]\n\n',
-        },
+        # No schema: OpenAPI 3.1 has none for the events of a stream.
+        "text/event-stream": {"example": 'data: {"object": "…"}\n\ndata: [DONE]\n\n'},
     }
     answered = {
         "description": "The answer; with `stream`, as events.",
@@ -65,9 +67,24 @@ def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completi
     }
 
 
-def reading(body: type[BaseModel]) -> dict[str, Any]:
-    """Arguments of a route that reads a body and generates nothing."""
-    return {"openapi_extra": _body(body), "responses": failing(400, 404, 413, 500)}
+def reading(body: type[BaseModel], **properties: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a route that reads a body and generates nothing: it answers with these properties."""
+    return {"openapi_extra": _body(body), "responses": telling(400, 404, 413, **properties)}
+
+
+def telling(*statuses: int, **properties: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The answers of a route that tells something: an object with these properties; or it fails so."""
+    schema = {"type": "object", "required": list(properties), "properties": properties}
+    answered = {"description": "What is so now.", "content": {"application/json": {"schema": schema}}}
+    return {200: answered, **failing(*statuses, 500)}
+
+
+def listed(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a list of objects that have these properties."""
+    return {
+        "type": "array",
+        "items": {"type": "object", "required": list(properties), "properties": properties},
+    }
 
 
 def failing(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from server.body import parse_fields, read_object
 from server.routes.asking import Asking, refuse_other_model, refuse_query
-from server.routes.openapi import reading
+from server.routes.openapi import COUNT, COUNTS, TEXT, TEXTS, reading
 from server.schemas import DetokenizeRequest, TokenizeRequest
 
 
@@ -17,7 +17,9 @@ def tokens_router(asking: Asking) -> APIRouter:
     """The routes."""
     router, engine = APIRouter(), asking.engine
 
-    @router.post("/tokenize", **reading(TokenizeRequest))
+    tokenized = {"count": COUNT, "max_model_len": COUNT, "tokens": COUNTS, "token_strs": TEXTS}
+
+    @router.post("/tokenize", **reading(TokenizeRequest, **tokenized))
     async def tokenize(request: Request) -> dict[str, Any]:
         """The tokens of a prompt or of a conversation, as an answer would be generated from them."""
         refuse_query(request)
@@ -34,7 +36,7 @@ def tokens_router(asking: Asking) -> APIRouter:
             "token_strs": spelled,
         }
 
-    @router.post("/detokenize", **reading(DetokenizeRequest))
+    @router.post("/detokenize", **reading(DetokenizeRequest, prompt=TEXT))
     async def detokenize(request: Request) -> dict[str, str]:
         """The text of tokens, control tokens included."""
         refuse_query(request)
