@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check fix bench reproduce clean
+.PHONY: install serve test check fix bench fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,22 @@ fix: install
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)
+
+# Requests made up from the OpenAPI document, against both engines: no answer may be undocumented or a failure.
+FUZZ_EXAMPLES ?= 500
+FUZZ_PORT ?= 8765
+
+fuzz: install
+	for engine in fake transformers; do \
+	  $(BIN)/neurontune serve --engine $$engine --port $(FUZZ_PORT) --log-level error & server=$$!; \
+	  SCHEMATHESIS_HOOKS=tests.clients.fuzzing $(BIN)/schemathesis run --wait-for-schema 60 --request-timeout 30 \
+	    --checks $(FUZZ_CHECKS) --max-examples $(FUZZ_EXAMPLES) --generation-database none \
+	    --continue-on-failure $(ARGS) http://127.0.0.1:$(FUZZ_PORT)/openapi.json; \
+	  status=$$?; kill $$server; wait $$server; test $$status -eq 0 || exit $$status; \
+	done
+
+FUZZ_CHECKS := not_a_server_error,status_code_conformance,content_type_conformance,$\
+  response_headers_conformance,response_schema_conformance
 
 # The demo model and what the docs show of it, from nothing. What is there already is not made again. Files are
 # written under another name first, so that what is there is whole; a comparison is kept row by row instead, and

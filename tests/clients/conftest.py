@@ -49,10 +49,9 @@ def address() -> Iterator[str]:
     engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     with serving(engine) as found:
         yield found
-    # The engine's end collects garbage; what clients left open until now is theirs, not ours.
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        del engine
-        gc.collect()
+        # The engine's end collects garbage; what clients left open until now is theirs, not ours.
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,40 @@ def map_body(_context: Any, body: Any) -> Any:
             body[limit] = 1 + body[limit] % MAX_TOKENS
     if "messages" in body and not (body.get("max_tokens") or body.get("max_completion_tokens")):
         body["max_completion_tokens"] = MAX_TOKENS
+    if len(name) % 2 == 0:
+        _make_consistent(body)
     return body
+
+
+def _make_consistent(body: dict[str, Any]) -> None:
+    """Mend what only fields together get wrong: no schema says it. Leave out what few engines do."""
+    for name in ("tools", "tool_choice", "response_format", "chat_template_kwargs"):
+        body.pop(name, None)
+    if body.get("stream_options") is not None:
+        body["stream"] = True
+    if body.get("top_logprobs"):
+        body["logprobs"] = True
+    if body.get("max_tokens") and body.get("max_completion_tokens"):
+        del body["max_tokens"]
+    if body.get("safety_level") is not None:
+        body["safety_level"] = body["model"].partition("@")[2] or "off"
+    for message in body.get("messages") or () if isinstance(body.get("messages"), list) else ():
+        if isinstance(message, dict):
+            message.pop("tool_calls", None)
+            if message.get("role") == "tool":
+                message["tool_call_id"] = "call_1"
+            else:
+                message.pop("tool_call_id", None)
+            message["content"] = message.get("content") or "Hello"
 
 
 @schemathesis.hook
 def map_headers(_context: Any, headers: Any) -> Any:
-    """Three in four levels are levels."""
+    """Most levels are levels, and some are not given."""
     if headers and isinstance(level := headers.get("X-Safety-Level"), str) and len(level) % 4:
         headers["X-Safety-Level"] = LEVELS[len(level) % len(LEVELS)]
+        if len(level) % 2:
+            del headers["X-Safety-Level"]
     return headers
 
 
