@@ -439,7 +439,7 @@ class TestModels:
         ({"n": 0}, "invalid_value", "n"),
         ({"stop": ["a"] * 5}, "invalid_value", "stop"),
         ({"logit_bias": {"bread": 1}}, "invalid_value", "logit_bias"),
-        ({"logit_bias": {"99999": 1}}, "invalid_prompt", None),
+        ({"logit_bias": {"99999": 1}}, "invalid_prompt", "logit_bias"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "invalid_value", "max_tokens"),
         ({"max_tokens": 5000}, "context_length_exceeded", None),
@@ -459,7 +459,7 @@ class TestModels:
                 }
             },
             "invalid_grammar",
-            None,
+            "response_format",
         ),
     ],
 )
