@@ -73,7 +73,8 @@ def write_whole(path: Path, contents: bytes) -> None:
 
 def read_tensors(contents: bytes, kind: Kind) -> dict[str, npt.NDArray[Any]]:
     """The file's tensors; raises `kind.unreadable`."""
-    if contents[:2] == b"PK" or contents[:1] == b"\x80":
+    # A safetensors file begins with the length of its header, a brace: the same bytes may be both.
+    if (contents[:2] == b"PK" or contents[:1] == b"\x80") and contents[8:9] != b"{":
         raise kind.unreadable(
             "this is a pickle or torch.save archive, not safetensors. It was not opened, since "
             f"reading a pickle can run code; a {kind.name} is safetensors."

@@ -74,6 +74,24 @@ def test_a_pickle_by_another_name_is_refused_unopened(tmp_path: Path) -> None:
         Mask.load(path)
 
 
+@pytest.mark.parametrize("begin", [b"\x80", b"PK"])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(mask: Mask, tmp_path: Path, begin: bytes) -> None:
+    """A safetensors file begins with its header's length: one mask in 32 began like a pickle."""
+    length = len(mask.to_bytes())
+    wanted = int.from_bytes(begin, "little")
+    while wanted < length:
+        wanted += 1 << 8 * len(begin)
+    named = with_metadata(mask, model_id="")
+    header = int.from_bytes(named.to_bytes()[:8], "little")
+    path = tmp_path / "mask.safetensors"
+    for spare in range(8):  # the writer pads the header to a multiple of eight
+        with_metadata(mask, model_id="m" * (wanted - header - spare)).save(path)
+        if path.read_bytes().startswith(begin):
+            break
+    assert path.read_bytes().startswith(begin)
+    assert len(Mask.load(path).safety) == len(mask.safety)
+
+
 def test_a_safetensors_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, path)
