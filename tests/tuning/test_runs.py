@@ -114,10 +114,10 @@ def test_factors_that_adaptation_would_clip_are_refused() -> None:
     """A mask tuned with a wider bound, or made by hand with factors of 0, must not change unasked."""
     model = tiny()
     mask = mask_of(model)
-    for factor in (0.0, 17.0):
+    for factor in (0.0, 65.0):
         safety = NeuronSet(mask.safety.neurons, np.full(10, factor, np.float32))
         bad = replace(mask, safety=safety, utility=NeuronSet(mask.utility.neurons, np.ones(8, np.float32)))
-        with pytest.raises(DataError, match=f"10 factors outside 0.125 to 8, such as {factor:g}"):
+        with pytest.raises(DataError, match=f"10 factors outside 0.03125 to 32, such as {factor:g}"):
             adapt_mask(model, TOKENIZER, DATA, bad, AdaptationRun(settings()))
     edge = replace(bad, safety=NeuronSet(mask.safety.neurons, np.full(10, 8, np.float32)))
     adapt_mask(model, TOKENIZER, DATA, edge, AdaptationRun(settings(), 1))
