@@ -186,9 +186,7 @@ class TransformersEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-        prompt = await asyncio.to_thread(self._text.encode, request.prompt)
-        limit = self._token_limit(len(prompt), request.max_tokens)
-        row = await asyncio.to_thread(self._row, request, prompt)
+        prompt, limit, row = await asyncio.to_thread(self._prepared, request)
         self._refuse_if_not_ready()
         self._loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
@@ -234,6 +232,12 @@ class TransformersEngine:
         finally:
             del self._open[name]
             self._manager.forget(name)
+
+    def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
+        """The prompt's tokens, the most that may be generated, and the request's row."""
+        prompt = self._text.encode(request.prompt)
+        limit = self._token_limit(len(prompt), request.max_tokens)
+        return prompt, limit, self._row(request, prompt)
 
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
         for token, _ in request.sampling.logit_bias:
