@@ -73,7 +73,7 @@ class Row:
         )
 
     def before_temperature(self, scores: Tensor) -> Tensor:
-        """`scores`, float32 (vocabulary,), biased, penalised and restricted; `chosen` needs them as they were."""
+        """`scores`, float32 (vocabulary,), biased, penalised and restricted."""
         if self.num_logprobs is not None:
             self._raw = scores.log_softmax(dim=-1)
         scores = scores.clone()
