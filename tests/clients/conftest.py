@@ -49,9 +49,19 @@ def address() -> Iterator[str]:
     engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     with serving(engine) as found:
         yield found
-        # The engine's end collects garbage; what clients left open until now is theirs, not ours.
-        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-            gc.collect()
+        _collect()  # the engine's end collects garbage too
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _left_open() -> Iterator[None]:
+    """What clients leave open is theirs, not of whichever test runs when it is collected."""
+    yield
+    _collect()
+
+
+def _collect() -> None:
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
