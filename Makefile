@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check fix bench fuzz reproduce clean
+.PHONY: install serve test check audit fix bench fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,13 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
+
+# Known weaknesses of what is installed. Needs the advisories of pypi.org, so it is no part of `check`.
+audit: install
+	test -x build/audit/bin/pip-audit || ($(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit)
+	$(BIN)/python -m pip freeze --exclude-editable > build/audit/requirements.txt
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement build/audit/requirements.txt
 
 fix: install
 	$(BIN)/ruff check --fix .

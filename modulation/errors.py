@@ -40,6 +40,10 @@ class MaskMismatchError(MaskError):
     """The mask is valid, but it was made for another model."""
 
 
+class UnsafeMaskError(MaskError):
+    """The mask's own recorded evaluation says that one of its levels is less safe than its name promises."""
+
+
 class ModelError(NeuronTuneError):
     """A model cannot be loaded or served."""
 

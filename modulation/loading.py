@@ -54,11 +54,14 @@ def resolve_dtype(dtype: str, device: str) -> Resolved:
     return Resolved(dtype, "as asked")
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
-    """The model's tokenizer. Raises ModelError where there is none, or none with a chat template."""
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The model's tokenizer. Raises ModelError where there is none, or none with a chat template.
+
+    `trust_remote_code` runs Python code that comes with the model.
+    """
     _refuse_missing_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
             f"Model {model!r} has no usable tokenizer ({_first_line(error)}). Its folder needs "
@@ -77,11 +80,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(model: str, *, device: str, dtype: str) -> PreTrainedModel:
-    """The model in evaluation mode on `device`. Raises ModelError."""
+def load_model(model: str, *, device: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in evaluation mode on `device`, from safetensors alone: nothing is unpickled.
+
+    `trust_remote_code` runs Python code that comes with the model. Raises ModelError.
+    """
     _refuse_missing_folder(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype])
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         raise ModelError(f"Model {model!r} cannot be loaded: {_first_line(error)}") from error
     assert isinstance(loaded, PreTrainedModel), type(loaded)

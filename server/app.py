@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,9 +26,10 @@ from server.errors import (
     error_body,
     kind_of,
 )
+from server.hardening import SecurityHeaders
 from server.metrics import CountRequests, Metrics
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
-from server.routes.asking import Asking
+from server.routes.asking import TELLING_HEADERS, Asking
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.health import health_router
@@ -59,6 +61,15 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(CountRequests, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=list(TELLING_HEADERS),
+        )
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default)
     app.include_router(chat_router(asking))

@@ -113,6 +113,11 @@ def build_engine(settings: Settings) -> "Engine":
     from server.engines.transformers import TransformersEngine
 
     is_demo = settings.model == DEMO
+    if settings.trust_remote_code:
+        logging.getLogger(__name__).warning(
+            "trust_remote_code is on: Python code of the model %r runs with this server's rights.",
+            settings.model,
+        )
     return TransformersEngine(
         str(MODEL_DIR) if is_demo else settings.model,
         settings.mask or MASK_FILE,
@@ -123,6 +128,8 @@ def build_engine(settings: Settings) -> "Engine":
         kv_cache_tokens=settings.kv_cache_tokens,
         max_num_seqs=settings.max_num_seqs,
         prefix_caching=settings.prefix_caching,
+        trust_remote_code=settings.trust_remote_code,
+        allow_less_safe_levels=settings.allow_less_safe_levels,
     )
 
 
@@ -153,7 +160,7 @@ def _parameter(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
     switch = field.annotation is bool
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    default = "" if field.default in (None, "") else f" Default: {field.default}."
+    default = "" if field.default in (None, "", ()) else f" Default: {field.default}."
     option = typer.Option(
         f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name),
         help=f"{field.description}{default} ({variable(name)})",

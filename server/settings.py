@@ -8,17 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import SettingsError
 
 PREFIX: Final = "NEURONTUNE_"
 DEMO: Final = "demo"
-UNKNOWN_TO_FAKE: Final = frozenset({"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"})
+UNKNOWN_TO_FAKE: Final = frozenset(
+    {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"}
+    | {"trust_remote_code", "allow_less_safe_levels"}
+)
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _listed(given: Any) -> Any:
+    return [each.strip() for each in given.split(",")] if isinstance(given, str) else given
+
+
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class Settings(BaseSettings):
@@ -55,6 +66,17 @@ class Settings(BaseSettings):
     )
     max_num_seqs: Count = Field(default=64, description="Most requests that run at once; others wait.")
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model. Only for models you trust."
+    )
+    allow_less_safe_levels: bool = Field(
+        default=False,
+        description="Serve a mask whose recorded evaluation says that a level is less safe than its name.",
+    )
+    cors_origins: Origins = Field(
+        default=(),
+        description="Origins whose web pages may call this server, separated by commas. Default: none.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is logged; 'debug' also shows tracebacks."
     )

@@ -26,6 +26,7 @@ from modulation.errors import ModelError
 from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
 from modulation.modulator import Modulator
+from modulation.recorded import refuse_less_safe
 from server.engines.base import (
     Candidate,
     Chat,
@@ -63,7 +64,8 @@ class TransformersEngine:
 
     Raises:
         ModelError: the model, its tokenizer or the sizes cannot be used.
-        MaskError: the mask cannot be read or was made for another model.
+        MaskError: the mask cannot be read, was made for another model, or has a level that is less safe than
+            its name by its own record (unless `allow_less_safe_levels`).
     """
 
     def __init__(
@@ -78,14 +80,20 @@ class TransformersEngine:
         kv_cache_tokens: int | None = None,
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
+        trust_remote_code: bool = False,
+        allow_less_safe_levels: bool = False,
     ) -> None:
         # What the manager says about its own choices at INFO is noise beside `describe`.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         loaded_mask = Mask.load(mask)
+        if not allow_less_safe_levels:
+            refuse_less_safe(loaded_mask)
         on_device = resolve_device(device)
         in_dtype = resolve_dtype(dtype, on_device.value)
-        self._model = load_model(model, device=on_device.value, dtype=in_dtype.value)
+        self._model = load_model(
+            model, device=on_device.value, dtype=in_dtype.value, trust_remote_code=trust_remote_code
+        )
         sizes = resolve_sizes(
             self._model,
             device=on_device.value,

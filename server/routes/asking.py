@@ -19,6 +19,7 @@ from server.choices import merged
 from server.engines.base import Engine, EngineInfo, GenerateRequest
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
 from server.metrics import Metrics
+from server.request_ids import REQUEST_ID_HEADER
 from server.schemas import AnswerRequest
 from server.stops import until_stop
 from server.streaming import EventStream, unless_disconnected
@@ -26,6 +27,8 @@ from server.streaming import EventStream, unless_disconnected
 LEVEL_HEADER: Final = "X-Safety-Level"
 NEURONS_HEADER: Final = "X-Safety-Neurons"
 MASK_HEADER: Final = "X-Safety-Mask"
+# What headers tell beyond the standard ones; where CORS is on, pages of other origins may read them.
+TELLING_HEADERS: Final = (LEVEL_HEADER, NEURONS_HEADER, MASK_HEADER, REQUEST_ID_HEADER, "Retry-After")
 
 
 @dataclass(frozen=True)

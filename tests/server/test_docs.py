@@ -45,7 +45,7 @@ def test_settings() -> None:
     for name, field in Settings.model_fields.items():
         shown, default = documented[variable(name)]
         assert shown == flag(name)
-        if field.default not in (None, ""):
+        if field.default not in (None, "", ()):
             assert default == str(field.default).lower()
 
 

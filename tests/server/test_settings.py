@@ -47,7 +47,7 @@ def test_an_unknown_variable_is_an_error_that_lists_the_known_ones(monkeypatch: 
         ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers' or 'fake'"),
         ({"log_level": "loud"}, "debug"), ({"prefix_caching": "perhaps"}, "--prefix-caching"),
         ({"mask": ""}, "must not be empty"), ({"model": ""}, "must not be empty"),
-        ({"colour": "red"}, "colour"),
+        ({"colour": "red"}, "colour"), ({"cors_origins": "app.example"}, "--cors-origins"),
         ({"served_model_name": "a@b"}, "served_model_name"), ({"served_model_name": "a b"}, "'a b'"),
         ({"model": "some/model"}, "--mask"), ({"model": "."}, "served_model_name"),
         ({"engine": "fake", "mask": "m.safetensors"}, "no use for mask"),
