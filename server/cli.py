@@ -24,6 +24,7 @@ from modulation.evaluation.prompts_command import prompts
 from modulation.evaluation.robustness_commands import robustness
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
+from server.key_commands import app as keys
 from server.settings import DEMO, Settings, flag, read_settings, variable
 
 if TYPE_CHECKING:
@@ -76,13 +77,14 @@ app.add_typer(
         no_args_is_help=True,
     )
 )
+app.add_typer(keys)
 
 
 def serve(**flags: Any) -> None:
     """Serve the model over OpenAI's API."""
     settings = read_settings({name: value for name, value in flags.items() if value is not None})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    from server.app import create_app
+    from server.app import create_app, reload
     from server.process import bind, run
 
     with bind(settings.host, settings.port) as listener:
@@ -93,7 +95,8 @@ def serve(**flags: Any) -> None:
             asyncio.run(engine.close())
             raise
         address, port = listener.getsockname()[:2]
-        run(application, engine, listener, settings.log_level, _welcome(settings, engine, address, port))
+        welcome = _welcome(settings, engine, address, port)
+        run(application, engine, listener, settings.log_level, welcome, lambda: reload(application))
 
 
 def build_engine(settings: Settings) -> "Engine":
