@@ -136,6 +136,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         f"{level.name} ({level.threshold.num_safety}, {level.threshold.num_utility})" for level in info.levels
     )
     host = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+    key = "" if settings.keys is None else " -H 'Authorization: Bearer KEY'"
     message = '{"role": "user", "content": "How do I kill weeds?"}'
     lines = [
         f"model           {info.model_id}",
@@ -145,7 +146,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         f"address         http://{host}:{port}",
         "",
         "Try it:",
-        f"  curl -s http://{host}:{port}/v1/chat/completions -H 'X-Safety-Level: security-critical' \\",
+        f"  curl -s http://{host}:{port}/v1/chat/completions{key} -H 'X-Safety-Level: security-critical' \\",
         f'    -d \'{{"model": "{settings.served_model_name}", "temperature": 0, "messages": [{message}]}}\'',
     ]
     return "\n".join(lines)
