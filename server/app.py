@@ -19,6 +19,8 @@ from starlette.responses import JSONResponse, Response
 
 from modulation.errors import LevelError
 from server.access import check_callers
+from server.audit import Audit, entry_of, reload_record
+from server.audit_log import AuditLog, open_audit_log
 from server.authentication import Authenticate, FindCaller, by_key, everybody
 from server.callers import ANONYMOUS
 from server.engines.base import Engine
@@ -46,6 +48,7 @@ from server.settings import Settings
 
 NO_KEY_NEEDED: Final = ("/health", "/ready")
 METRICS: Final = "/metrics"
+GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
@@ -53,7 +56,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     Raises:
         SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
-            be used with it.
+            be used with it, or the audit log cannot be opened.
     """
     try:
         default = engine.describe().levels.parse(settings.default_level)
@@ -68,13 +71,18 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             yield
         finally:
             await engine.close()
+            if audit is not None:
+                await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     find_caller, app.state.keyring = _callers(settings, engine)
+    audit = app.state.audit = _audit_log(settings, metrics)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
     )
+    if audit is not None:
+        app.add_middleware(Audit, log=audit, paths=GENERATING, keeps_prompts=settings.audit_prompts)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default)
@@ -93,14 +101,27 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 async def reload(app: FastAPI) -> None:
     """Put in force what has changed in the key file; a file that cannot be used changes nothing."""
     keyring: Keyring | None = app.state.keyring
+    audit: AuditLog | None = app.state.audit
     if keyring is None:
         return
     try:
         await asyncio.to_thread(keyring.reload)
     except SettingsError as error:
         logging.getLogger(__name__).error("The keys were not reloaded, the old ones stay in force. %s", error)
+        record = reload_record("keys", error)
     else:
         logging.getLogger(__name__).info("The keys were reloaded: %d.", len(keyring.callers))
+        record = reload_record("keys", None, f"{len(keyring.callers)} keys")
+    if audit is not None:
+        audit.write(record)
+
+
+def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
+    if settings.audit_log is None:
+        return None
+    return open_audit_log(
+        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
+    )
 
 
 def _callers(settings: Settings, engine: Engine) -> tuple[FindCaller, Keyring | None]:
@@ -127,6 +148,7 @@ class _ErrorResponse(JSONResponse):
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    entry_of(request.scope).failed(error)
     # What nobody expected is answered outside of the middleware that gives every answer its id.
     headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
     if isinstance(error, AuthenticationError):

@@ -18,6 +18,7 @@ from server.errors import SettingsError
 PREFIX: Final = "NEURONTUNE_"
 DEMO: Final = "demo"
 UNKNOWN_TO_FAKE: Final = frozenset({"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"})
+AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -50,6 +51,16 @@ class Settings(BaseSettings):
     public_metrics: bool = Field(default=False, description="Let /metrics be read without a key.")
     open_to_anyone: bool = Field(
         default=False, description="Serve whoever reaches the address, without keys, at the default floor."
+    )
+    audit_log: str | None = Field(
+        default=None, description="File that says who asked for what at which level; '-': stdout."
+    )
+    audit_max_bytes: Count = Field(
+        default=100 * 2**20, description="Bytes after which the audit log goes on in a new file."
+    )
+    audit_keep: Count = Field(default=10, description="How many older files of the audit log are kept.")
+    audit_prompts: bool = Field(
+        default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
     engine: Literal["transformers", "fake"] = Field(
         default="transformers", description="What generates; 'fake' has no model, for trying the API out."
@@ -109,6 +120,9 @@ class Settings(BaseSettings):
                 raise ValueError("default_floor would bind nobody: give a key file with --keys")
         if self.keys is None and self.public_metrics:
             raise ValueError("public_metrics is for a server with keys; without, everything is public")
+        useless = sorted(AUDIT_ONLY & self.model_fields_set) if self.audit_log is None else []
+        if useless:
+            raise ValueError(f"without audit_log there is no use for {', '.join(useless)}; leave it out")
         return self
 
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from modulation.levels import SafetyLevel
 from server.access import AskedLevel, admitted_names, grant, may_use_model
 from server.answers import Answers
+from server.audit import entry_of
 from server.callers import Caller, caller_of
 from server.choices import merged
 from server.engines.base import Engine, EngineInfo, GenerateRequest
@@ -41,13 +42,15 @@ class Asking:
 
     def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
-        asked = _asked_levels(request, body, self.model, info)
+        asked, entry = _asked_levels(request, body, self.model, info), entry_of(request.scope)
+        entry.asked([one.value for one in asked])
         try:
             granted = grant(info.levels, asked, self.default, caller_of(request.scope))
         except LevelDeniedError as error:
             self.metrics.denied(error)
             raise
         self.metrics.granted(info.levels, granted)
+        entry.granted(granted.level, info.mask_digest)
         return granted.level
 
     async def answer(
@@ -62,7 +65,11 @@ class Asking:
         """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
         `time.perf_counter`."""
         headers = _level_headers(level, self.engine.describe())
-        outputs = merged([self._outputs(each, body.stop or (), arrived) for each in wanted])
+        outputs = entry_of(request.scope).observed(
+            merged([self._outputs(each, body.stop or (), arrived) for each in wanted]),
+            [each.prompt for each in wanted[:: body.num_choices]],
+            body.num_choices,
+        )
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(outputs, answers.events(outputs, include_usage=include_usage), headers)
