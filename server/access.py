@@ -130,7 +130,8 @@ def check_callers(callers: Iterable[Caller], levels: SafetyLevels) -> None:
             try:
                 level = None if value is None else levels.parse(value)
             except LevelError as error:
-                raise SettingsError(f"Key {caller.name!r}, {field}: {error}") from error
+                source = " A key without a floor has the setting default_floor." * (field == "floor")
+                raise SettingsError(f"Key {caller.name!r}, {field}: {error}{source}") from error
             if level is not None and not admits(levels, caller, level):
                 raise SettingsError(
                     f"Key {caller.name!r}, default: {level.name!r} is not at least as safe as the floor "

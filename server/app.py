@@ -21,8 +21,8 @@ from modulation.errors import LevelError
 from server.access import check_callers
 from server.audit import Audit, entry_of, reload_record
 from server.audit_log import AuditLog, open_audit_log
-from server.authentication import Authenticate, FindCaller, by_key, everybody
-from server.callers import ANONYMOUS
+from server.authentication import Authenticate, by_key, everybody
+from server.callers import ANONYMOUS, Caller
 from server.engines.base import Engine
 from server.errors import (
     ERRORS,
@@ -54,6 +54,9 @@ GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The application that serves `engine` as `settings` say. Its end closes the engine.
 
+    Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
+    `check_callers` with them.
+
     Raises:
         SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
             be used with it, or the audit log cannot be opened.
@@ -75,7 +78,11 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
                 await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
-    find_caller, app.state.keyring = _callers(settings, engine)
+    anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
+    app.state.keyring = keyring
+    app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
+    check_callers(app.state.callers(), engine.describe().levels)
+    find_caller = everybody(anonymous) if keyring is None else by_key(keyring.find)
     audit = app.state.audit = _audit_log(settings, metrics)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
@@ -124,20 +131,20 @@ def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     )
 
 
-def _callers(settings: Settings, engine: Engine) -> tuple[FindCaller, Keyring | None]:
-    """How a request's caller is found, and the keys if there are any."""
+def _anonymous(settings: Settings) -> Caller:
+    """Whoever comes where there are no keys. Told to serve anybody, the server holds them to a floor; on
+    loopback it is the operator who asks."""
+    return replace(ANONYMOUS, floor=settings.default_floor if settings.open_to_anyone else None)
+
+
+def _keyring(settings: Settings, engine: Engine) -> Keyring | None:
     if settings.keys is None:
-        # Told to serve anybody, it serves nobody below the floor; on loopback the operator asks.
-        floor = settings.default_floor if settings.open_to_anyone else None
-        anonymous = replace(ANONYMOUS, floor=floor)
-        check_callers([anonymous], engine.describe().levels)
-        return everybody(anonymous), None
-    keyring = Keyring(
+        return None
+    return Keyring(
         settings.keys,
         settings.default_floor,
         check=lambda callers: check_callers(callers, engine.describe().levels),
     )
-    return by_key(keyring.find), keyring
 
 
 class _ErrorResponse(JSONResponse):

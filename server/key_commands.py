@@ -166,13 +166,19 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace the file whole. Only its owner may read it."""
+    """Replace the file whole. Only its owner may read it, and whose it was it stays."""
     target = file.resolve()
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as partial:
-            partial.write(text)
-            partial.flush()
-            os.fsync(partial.fileno())
-        os.replace(partial.name, target)
+            try:
+                partial.write(text)
+                partial.flush()
+                os.fsync(partial.fileno())
+                if target.exists():
+                    os.chown(partial.fileno(), target.stat().st_uid, target.stat().st_gid)
+                os.replace(partial.name, target)
+            except OSError:
+                os.unlink(partial.name)
+                raise
     except OSError as error:
         raise SettingsError(f"Key file {file} cannot be written: {error.strerror}.") from error

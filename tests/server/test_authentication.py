@@ -1,6 +1,7 @@
 """Keys at the door: which routes want one, what is answered without, and what a key's holder gets."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from starlette.routing import Route
 
 from server.app import create_app, reload
@@ -302,3 +306,42 @@ async def test_a_websocket_is_closed_at_the_door(served: FastAPI) -> None:
 
     await served({"type": "websocket", "path": "/v1/models", "headers": [], "state": {}}, receive, send)
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+levels = st.one_of(
+    st.sampled_from(["off", "utility-priority", "balanced", "security-critical"]),
+    st.integers(-2, 130),
+    st.text(max_size=8),
+)
+header = levels.map(lambda value: str(value).encode("utf-8"))
+
+
+@settings_of_hypothesis(max_examples=150, deadline=None)
+@given(st.lists(header, max_size=2), levels | st.none() | st.floats() | st.lists(levels), st.none() | levels)
+def test_no_request_at_all_is_answered_below_the_floor(
+    app_of_plain: FastAPI, headers: list[bytes], body: Any, suffix: str | int | None
+) -> None:
+    """Through the whole application: whatever header, body and suffix say, alone or together."""
+    model = "demo" if suffix is None else f"demo@{suffix}"
+    content = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "safety_level": body}
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app_of_plain)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            given = [(b"X-Safety-Level", value) for value in headers]
+            named = [(name.encode(), value.encode()) for name, value in bearer("plain").items()]
+            return await client.post(CHAT, content=json.dumps(content), headers=[*given, *named])
+
+    response = asyncio.run(ask())
+    assert response.status_code in (200, 400, 403)
+    if response.status_code == 200:
+        assert response.headers["x-safety-level"] in ADMITTED["balanced"]
+        num_safety, num_utility = map(int, response.headers["x-safety-neurons"].split(","))
+        assert num_safety >= 32 and (num_utility <= 24 or (num_safety, num_utility) == (64, 32))
+
+
+@pytest.fixture(scope="module")
+def app_of_plain(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    """A server that knows `plain`, whose floor is `balanced`."""
+    path = key_file(tmp_path_factory.mktemp("keys") / "keys.yaml", plain={})
+    return create_app(Settings(engine="fake", keys=path), FakeEngine())

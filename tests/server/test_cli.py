@@ -1,5 +1,6 @@
 """The command as a newcomer meets it: help, one sentence on errors, a server that starts and ends."""
 
+import json
 import os
 import re
 import signal
@@ -143,6 +144,8 @@ def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_n
 ) -> None:
     path = key_file(tmp_path / "keys.yaml", old={})
     command = [*COMMAND, "serve", "--engine", "fake", "--port", "0", "--keys", str(path)]
+    audit = tmp_path / "audit.jsonl"
+    command += ["--audit-log", str(audit)]
     with started(command) as (process, printed):
         found = re.search(r"^address +(\S+)", printed, re.MULTILINE)
         assert found and process.stderr is not None
@@ -167,3 +170,7 @@ def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_n
         rest = process.stderr.read()
         assert process.wait(10) == 0
         assert "Traceback" not in rest and "nt-the-key" not in rest
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    said = [(line["event"], line.get("ok", line.get("status"))) for line in lines]
+    assert said == [("denied", 401), ("reload", False), ("denied", 401), ("reload", True), ("denied", 401)]
+    assert "nt-the-key" not in audit.read_text()
