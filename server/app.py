@@ -3,11 +3,14 @@
 Knows every part by its constructor and none by its inside.
 """
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -16,9 +19,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from modulation.errors import LevelError
+from server.access import check_callers
+from server.audit import Audit, entry_of, reload_record
+from server.audit_log import AuditLog, open_audit_log
+from server.authentication import Authenticate, by_key, everybody
+from server.callers import ANONYMOUS, Caller
 from server.engines.base import Engine
 from server.errors import (
     ERRORS,
+    AuthenticationError,
     MethodNotAllowedError,
     RequestError,
     RouteNotFoundError,
@@ -27,6 +36,7 @@ from server.errors import (
     kind_of,
 )
 from server.hardening import SecurityHeaders
+from server.keys import Keyring
 from server.metrics import CountRequests, Metrics
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.asking import TELLING_HEADERS, Asking
@@ -38,12 +48,20 @@ from server.routes.models import models_router
 from server.routes.tokens import tokens_router
 from server.settings import Settings
 
+NO_KEY_NEEDED: Final = ("/health", "/ready")
+METRICS: Final = "/metrics"
+GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
+
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The application that serves `engine` as `settings` say. Its end closes the engine.
 
+    Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
+    `check_callers` with them.
+
     Raises:
-        SettingsError: the default level is not one that the engine's mask offers.
+        SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
+            be used with it, or the audit log cannot be opened.
     """
     try:
         default = engine.describe().levels.parse(settings.default_level)
@@ -58,8 +76,22 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             yield
         finally:
             await engine.close()
+            if audit is not None:
+                await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
+    anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
+    app.state.keyring = keyring
+    app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
+    check_callers(app.state.callers(), engine.describe().levels)
+    find_caller = everybody(anonymous) if keyring is None else by_key(keyring.find)
+    audit = app.state.audit = _audit_log(settings, metrics)
+    open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
+    app.add_middleware(
+        Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
+    )
+    if audit is not None:
+        app.add_middleware(Audit, log=audit, paths=GENERATING, keeps_prompts=settings.audit_prompts)
     app.add_middleware(CountRequests, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
@@ -84,6 +116,48 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     return app
 
 
+async def reload(app: FastAPI) -> None:
+    """Put in force what has changed in the key file; a file that cannot be used changes nothing."""
+    keyring: Keyring | None = app.state.keyring
+    audit: AuditLog | None = app.state.audit
+    if keyring is None:
+        return
+    try:
+        await asyncio.to_thread(keyring.reload)
+    except SettingsError as error:
+        logging.getLogger(__name__).error("The keys were not reloaded, the old ones stay in force. %s", error)
+        record = reload_record("keys", error)
+    else:
+        logging.getLogger(__name__).info("The keys were reloaded: %d.", len(keyring.callers))
+        record = reload_record("keys", None, f"{len(keyring.callers)} keys")
+    if audit is not None:
+        audit.write(record)
+
+
+def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
+    if settings.audit_log is None:
+        return None
+    return open_audit_log(
+        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
+    )
+
+
+def _anonymous(settings: Settings) -> Caller:
+    """Whoever comes where there are no keys. Told to serve anybody, the server holds them to a floor; on
+    loopback it is the operator who asks."""
+    return replace(ANONYMOUS, floor=settings.default_floor if settings.open_to_anyone else None)
+
+
+def _keyring(settings: Settings, engine: Engine) -> Keyring | None:
+    if settings.keys is None:
+        return None
+    return Keyring(
+        settings.keys,
+        settings.default_floor,
+        check=lambda callers: check_callers(callers, engine.describe().levels),
+    )
+
+
 class _ErrorResponse(JSONResponse):
     """JSON in ASCII: an error may quote text that is not valid Unicode."""
 
@@ -92,8 +166,11 @@ class _ErrorResponse(JSONResponse):
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    entry_of(request.scope).failed(error)
     # What nobody expected is answered outside of the middleware that gives every answer its id.
-    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else None
+    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
     return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
 
 

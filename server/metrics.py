@@ -64,6 +64,9 @@ class Metrics:
             ("reason",),
             registry=to,
         )
+        self.audit_lost: Final = Counter(
+            "neurontune_audit_lost", "Lines of the audit log that could not be written.", registry=to
+        )
         self.prompt_tokens: Final = Counter(
             "neurontune_prompt_tokens", "Tokens of prompts that were answered.", registry=to
         )

@@ -4,8 +4,10 @@ Knows uvicorn and signals. Knows no settings, and the engine only to close it.
 """
 
 import asyncio
+import logging
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Final
 
@@ -45,15 +47,32 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: ASGIApp, engine: Engine, listener: socket.socket, log_level: str, welcome: str) -> None:
-    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers."""
+Reload = Callable[[], Awaitable[None]]
+"""What SIGHUP asks for."""
+
+
+async def _nothing() -> None:
+    pass
+
+
+def run(
+    app: ASGIApp,
+    engine: Engine,
+    listener: socket.socket,
+    log_level: str,
+    welcome: str,
+    reload: Reload = _nothing,
+) -> None:
+    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
+    `reload`, one at a time."""
     config = uvicorn.Config(
         app, log_level=log_level, timeout_graceful_shutdown=BACKSTOP_SECONDS, server_header=False
     )
     # uvicorn raises its signal once more when it is done. It has done its work then: leave with 0.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    _Server(config, engine, welcome).run(sockets=[listener])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a loop to reload in
+    _Server(config, engine, welcome, reload).run(sockets=[listener])
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
@@ -63,10 +82,12 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, but running answers end after a grace period with an error that says why."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, welcome: str) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, welcome: str, reload: Reload) -> None:
         super().__init__(config)
         self._engine = engine
         self._welcome = welcome
+        self._reload = reload
+        self._hung_up = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # The end is bounded as it is: a second Ctrl-C need not cut it short and spill tracebacks.
@@ -75,12 +96,24 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up.set)
+        self._reloading = asyncio.create_task(self._reload_when_told())
         typer.echo(self._welcome)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._reloading.cancel()
         closing = asyncio.create_task(self._close_engine())
         await super().shutdown(sockets)
         closing.cancel()
+
+    async def _reload_when_told(self) -> None:
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            try:
+                await self._reload()
+            except Exception:
+                logging.getLogger(__name__).exception("The reload failed; what was in force stays.")
 
     async def _close_engine(self) -> None:
         await asyncio.sleep(GRACE_SECONDS)

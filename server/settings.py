@@ -3,6 +3,7 @@
 Knows names, types and which of them go together. Knows no model, no mask, no engine. Read once, frozen.
 """
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -20,6 +21,7 @@ UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"}
     | {"trust_remote_code", "allow_less_safe_levels"}
 )
+AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -50,6 +52,26 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     default_level: str = Field(
         default="balanced", description="Safety level of requests that name none: a name or a number."
+    )
+    keys: Path | None = Field(
+        default=None, description="Key file; without one only loopback is served. SIGHUP reads it again."
+    )
+    default_floor: str = Field(
+        default="balanced", description="Least safe level that keys without a floor may ask for."
+    )
+    public_metrics: bool = Field(default=False, description="Let /metrics be read without a key.")
+    open_to_anyone: bool = Field(
+        default=False, description="Serve whoever reaches the address, without keys, at the default floor."
+    )
+    audit_log: str | None = Field(
+        default=None, description="File that says who asked for what at which level; '-': stdout."
+    )
+    audit_max_bytes: Count = Field(
+        default=100 * 2**20, description="Bytes after which the audit log goes on in a new file."
+    )
+    audit_keep: Count = Field(default=10, description="How many older files of the audit log are kept.")
+    audit_prompts: bool = Field(
+        default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
     engine: Literal["transformers", "fake"] = Field(
         default="transformers", description="What generates; 'fake' has no model, for trying the API out."
@@ -106,6 +128,25 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _guarded(self) -> "Settings":
+        if self.keys is not None and self.open_to_anyone:
+            raise ValueError("open_to_anyone is for a server without keys; leave one of them out")
+        if self.keys is None and not self.open_to_anyone:
+            if not _is_loopback(self.host):
+                raise ValueError(
+                    f"host {self.host!r} is not loopback, and without keys whoever reaches it may ask. Give "
+                    "a key file with --keys (neurontune keys add makes one), or say --open-to-anyone"
+                )
+            if "default_floor" in self.model_fields_set:
+                raise ValueError("default_floor would bind nobody: give a key file with --keys")
+        if self.keys is None and self.public_metrics:
+            raise ValueError("public_metrics is for a server with keys; without, everything is public")
+        useless = sorted(AUDIT_ONLY & self.model_fields_set) if self.audit_log is None else []
+        if useless:
+            raise ValueError(f"without audit_log there is no use for {', '.join(useless)}; leave it out")
+        return self
+
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Settings from `flags`, then the environment, then the defaults.
@@ -131,6 +172,13 @@ def flag(name: str) -> str:
 def variable(name: str) -> str:
     """The environment variable for the setting `name`."""
     return f"{PREFIX}{name.upper()}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _sentence(error: ErrorDetails) -> str:

@@ -13,8 +13,10 @@ from fastapi import Request
 from starlette.responses import Response
 
 from modulation.levels import SafetyLevel
-from server.access import AskedLevel, grant
+from server.access import AskedLevel, admitted_names, grant, may_use_model
 from server.answers import Answers
+from server.audit import entry_of
+from server.callers import Caller, caller_of
 from server.choices import merged
 from server.engines.base import Engine, EngineInfo, GenerateRequest
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
@@ -43,13 +45,15 @@ class Asking:
 
     def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
-        asked = _asked_levels(request, body, self.model, info)
+        asked, entry = _asked_levels(request, body, self.model, info), entry_of(request.scope)
+        entry.asked([one.value for one in asked])
         try:
-            granted = grant(info.levels, asked, self.default)
+            granted = grant(info.levels, asked, self.default, caller_of(request.scope))
         except LevelDeniedError as error:
             self.metrics.denied(error)
             raise
         self.metrics.granted(info.levels, granted)
+        entry.granted(granted.level, info.mask_digest)
         return granted.level
 
     async def answer(
@@ -64,7 +68,11 @@ class Asking:
         """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
         `time.perf_counter`."""
         headers = _level_headers(level, self.engine.describe())
-        outputs = merged([self._outputs(each, body.stop or (), arrived) for each in wanted])
+        outputs = entry_of(request.scope).observed(
+            merged([self._outputs(each, body.stop or (), arrived) for each in wanted]),
+            [each.prompt for each in wanted[:: body.num_choices]],
+            body.num_choices,
+        )
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(outputs, answers.events(outputs, include_usage=include_usage), headers)
@@ -95,19 +103,27 @@ def fingerprint(info: EngineInfo) -> str:
     return f"neurontune-{info.mask_digest}"
 
 
-def refuse_other_model(name: str, model: str, info: EngineInfo) -> None:
-    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases."""
-    level_suffix(name, model, info)
+def refuse_other_model(name: str | None, model: str, info: EngineInfo, caller: Caller) -> None:
+    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases, or where
+    the caller may not use it. None: the model served."""
+    level_suffix(model if name is None else name, model, info, caller)
 
 
-def level_suffix(name: str, model: str, info: EngineInfo) -> str | None:
-    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model."""
+def level_suffix(name: str, model: str, info: EngineInfo, caller: Caller) -> str | None:
+    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model, or for
+    one that the caller may not use."""
+    if not may_use_model(caller, model):
+        raise ModelNotFoundError(
+            f"The model {name!r} is not served to {caller.name!r}: the model served here is none of this "
+            "key's models in the key file.",
+            "model",
+        )
     if name == model:
         return None
     if not name.startswith(f"{model}@"):
-        aliases = ", ".join(f"{model}@{level}" for level in info.levels.names)
+        aliases = "".join(f"{model}@{level}, " for level in admitted_names(info.levels, caller))
         raise ModelNotFoundError(
-            f"The model {name!r} is not served here. Accepted: {model}, {aliases}, "
+            f"The model {name!r} is not served here. Accepted: {model}, {aliases}"
             f"or {model}@ and a whole number of safety neurons.",
             "model",
         )
@@ -121,7 +137,7 @@ def _asked_levels(request: Request, body: AnswerRequest, model: str, info: Engin
     ]
     if body.safety_level is not None:
         asked.append(("body field safety_level", "safety_level", body.safety_level))
-    suffix = level_suffix(body.model, model, info)
+    suffix = level_suffix(body.model, model, info, caller_of(request.scope))
     if suffix is not None:
         asked.append((f"model name {body.model!r}", "model", suffix))
     return [AskedLevel(*one) for one in asked]

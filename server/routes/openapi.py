@@ -63,13 +63,13 @@ def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completi
     }
     return {
         "openapi_extra": _body(body) | {"parameters": [_LEVEL]},
-        "responses": {200: answered, **failing(400, 404, 413, 500, 503)},
+        "responses": {200: answered, **failing(400, 401, 403, 404, 413, 500, 503)},
     }
 
 
 def reading(body: type[BaseModel], **properties: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a route that reads a body and generates nothing: it answers with these properties."""
-    return {"openapi_extra": _body(body), "responses": telling(400, 404, 413, **properties)}
+    return {"openapi_extra": _body(body), "responses": telling(400, 401, 404, 413, **properties)}
 
 
 def telling(*statuses: int, **properties: dict[str, Any]) -> dict[int | str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import uvicorn
@@ -22,11 +23,14 @@ START_SECONDS = 30
 
 
 @contextmanager
-def serving(engine: Engine) -> Iterator[str]:
+def serving(engine: Engine, **settings: Any) -> Iterator[str]:
     """A server on `engine` and its address, until the `with` ends."""
     listener = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(Settings(), engine), log_level="error", timeout_graceful_shutdown=5, server_header=False
+        create_app(Settings(**settings), engine),
+        log_level="error",
+        timeout_graceful_shutdown=5,
+        server_header=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

@@ -1,5 +1,6 @@
 """The command as a newcomer meets it: help, one sentence on errors, a server that starts and ends."""
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.settings import Settings, flag, variable
+from tests.server.keying import bearer, key_file
 
 COMMAND = [sys.executable, "-m", "server"]
 ROOT = Path(__file__).parent.parent.parent
@@ -135,3 +137,40 @@ def test_ctrl_c_ends_within_seconds_and_tells_the_open_streams(how: tuple[signal
         assert process.wait(10) == 0
         assert time.monotonic() - asked < 8
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    path = key_file(tmp_path / "keys.yaml", old={})
+    command = [*COMMAND, "serve", "--engine", "fake", "--port", "0", "--keys", str(path)]
+    audit = tmp_path / "audit.jsonl"
+    command += ["--audit-log", str(audit)]
+    with started(command) as (process, printed):
+        found = re.search(r"^address +(\S+)", printed, re.MULTILINE)
+        assert found and process.stderr is not None
+        address = found[1]
+
+        def hang_up(say: str) -> None:
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr is not None
+            assert any(say in line for line in process.stderr), "the server ended"
+
+        def status(name: str) -> int:
+            return httpx.get(f"{address}/v1/models", headers=bearer(name)).status_code
+
+        assert (status("old"), status("new")) == (200, 401)
+        path.write_text("keys: [")
+        hang_up(f"old ones stay in force. Key file {path}, line 1")
+        assert (status("old"), status("new")) == (200, 401)
+        key_file(path, new={})
+        hang_up("The keys were reloaded: 1.")
+        assert (status("old"), status("new")) == (401, 200)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(10) == 0
+        assert "Traceback" not in rest and "nt-the-key" not in rest
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    said = [(line["event"], line.get("ok", line.get("status"))) for line in lines]
+    assert said == [("denied", 401), ("reload", False), ("denied", 401), ("reload", True), ("denied", 401)]
+    assert "nt-the-key" not in audit.read_text()

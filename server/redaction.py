@@ -1,0 +1,31 @@
+"""Text of prompts as an audit log may hold it: shortened, and without what looks like a secret or a person.
+
+Knows three patterns and one length. Knows no log. A rule finds shapes, not meaning: a name or a street stays.
+"""
+
+import re
+from typing import Final
+
+MAX_CHARACTERS: Final = 4096
+OVERLAP: Final = 1024  # what is cut off is looked at first, so that no half of a match stays
+
+# Every repetition is bounded or begins anew at a character that ends it: time grows with length, no faster.
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_\-+/=]{16,}")
+_PREFIXED: Final = re.compile(r"\b(?:sk|pk|nt|rk|gh[a-z]|xox[a-z]|glpat|hf|AKIA)[-_][A-Za-z0-9_\-]{8,}")
+_EMAIL: Final = re.compile(r"[^\s@<>()\"',;:]{1,64}@[^\s@<>()\"',;:]{1,255}")
+_DIGITS: Final = re.compile(r"\+?\d(?:[ ./()\-]{0,2}\d){6,}")
+
+
+def redacted(text: str) -> str:
+    """`text` with e-mail addresses as `[email]`, tokens like API keys as `[key]`, and seven or more digits,
+    also with single or double separators between them, as `[number]`; cut to `MAX_CHARACTERS`."""
+    text = _EMAIL.sub("[email]", text[: MAX_CHARACTERS + OVERLAP])
+    text = _TOKEN.sub(_key_or_word, _PREFIXED.sub("[key]", text))
+    return _DIGITS.sub("[number]", text)[:MAX_CHARACTERS]
+
+
+def _key_or_word(found: re.Match[str]) -> str:
+    """A long run with letters and digits is taken for a key; one without either for a word or a number."""
+    token = found.group()
+    mixed = any(each.isdigit() for each in token) and any(each.isalpha() for each in token)
+    return "[key]" if mixed else token
