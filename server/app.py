@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -15,6 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from modulation.errors import LevelError
+from server.admission import Admission
+from server.body import Bounds
+from server.draining import Drain, RefuseWhenDraining
 from server.engines.base import Engine
 from server.errors import (
     ERRORS,
@@ -26,6 +29,7 @@ from server.errors import (
     kind_of,
 )
 from server.metrics import CountRequests, Metrics
+from server.rates import Rates
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.asking import Asking
 from server.routes.chat import chat_router
@@ -35,10 +39,15 @@ from server.routes.levels import levels_router
 from server.routes.models import models_router
 from server.routes.tokens import tokens_router
 from server.settings import Settings
+from server.visits import Gate
+
+# Enough that a batch never runs dry; the last in line waits for about four answers.
+NUM_WAITING_PER_SEQ: Final = 4
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The application that serves `engine` as `settings` say. Its end closes the engine.
+def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -> FastAPI:
+    """The application that serves `engine` as `settings` say. Its end closes the engine; before that,
+    nothing new is taken from when `drain` begins.
 
     Raises:
         SettingsError: the default level is not one that the engine's mask offers.
@@ -58,19 +67,32 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
             await engine.close()
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
+    drain = drain or Drain()
+    app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(RequestIds)
-    asking = Asking(engine, metrics, model, default)
+    asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
     app.include_router(chat_router(asking))
     app.include_router(completions_router(asking))
     app.include_router(tokens_router(asking))
     app.include_router(models_router(engine, model, created=int(time.time())))
     app.include_router(levels_router(engine, default))
-    app.include_router(health_router(engine, metrics))
+    app.include_router(health_router(engine, metrics, drain))
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     return app
+
+
+def _gate(settings: Settings, metrics: Metrics) -> Gate:
+    running, waiting = settings.max_num_seqs, settings.max_num_waiting
+    num_waiting = NUM_WAITING_PER_SEQ * running if waiting is None else waiting
+    admission = Admission(running, num_waiting, settings.max_waiting_tokens)
+    return Gate(admission, Rates(), metrics, settings.request_timeout_seconds)
+
+
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(settings.max_body_bytes, settings.read_timeout_seconds, settings.max_messages)
 
 
 class _ErrorResponse(JSONResponse):
@@ -82,7 +104,8 @@ class _ErrorResponse(JSONResponse):
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     # What nobody expected is answered outside of the middleware that gives every answer its id.
-    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else None
+    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
+    headers |= getattr(error, "headers", {})
     return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
 
 

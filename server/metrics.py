@@ -64,6 +64,12 @@ class Metrics:
             ("reason",),
             registry=to,
         )
+        self.refusals: Final = Counter(
+            "neurontune_refusals",
+            "Requests that found no place, no rate or no more time, by reason.",
+            ("reason",),
+            registry=to,
+        )
         self.prompt_tokens: Final = Counter(
             "neurontune_prompt_tokens", "Tokens of prompts that were answered.", registry=to
         )

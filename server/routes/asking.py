@@ -4,7 +4,7 @@ Knows the order of things. Knows no engine but its protocol, and no kind of answ
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,14 +14,17 @@ from starlette.responses import Response
 
 from modulation.levels import SafetyLevel
 from server.access import AskedLevel, grant
+from server.admission import estimated_tokens
 from server.answers import Answers
+from server.body import Bounds
 from server.choices import merged
-from server.engines.base import Engine, EngineInfo, GenerateRequest
+from server.engines.base import Engine, EngineInfo, GenerateRequest, Output
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
 from server.metrics import Metrics
 from server.schemas import AnswerRequest
 from server.stops import until_stop
 from server.streaming import EventStream, unless_disconnected
+from server.visits import Gate, visit_of
 
 LEVEL_HEADER: Final = "X-Safety-Level"
 NEURONS_HEADER: Final = "X-Safety-Neurons"
@@ -37,6 +40,8 @@ class Asking:
     metrics: Metrics
     model: str
     default: SafetyLevel
+    gate: Gate
+    bounds: Bounds
 
     def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
@@ -61,13 +66,29 @@ class Asking:
         """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
         `time.perf_counter`."""
         headers = _level_headers(level, self.engine.describe())
-        outputs = merged([self._outputs(each, body.stop or (), arrived) for each in wanted])
+        outputs = merged(await self._admitted(request, body, wanted, arrived))
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(outputs, answers.events(outputs, include_usage=include_usage), headers)
         async with aclosing(outputs):
             whole = await unless_disconnected(request.receive, answers.whole(outputs))
         return Response(whole, headers=headers, media_type="application/json")
+
+    async def _admitted(
+        self, request: Request, body: AnswerRequest, wanted: Sequence[GenerateRequest], arrived: float
+    ) -> list[AsyncGenerator[Output, None]]:
+        """What is wanted, once there is a place for all of it."""
+        visit, longest = visit_of(request.scope), self.engine.describe().max_model_len
+        num_tokens = [estimated_tokens(each.prompt, longest) for each in wanted]
+        await visit.take(num_tokens, body.num_choices)
+        return [
+            visit.counted(
+                self._outputs(each, body.stop or (), arrived),
+                num_tokens[number],
+                is_charged_prompt=number % body.num_choices == 0,
+            )
+            for number, each in enumerate(wanted)
+        ]
 
     def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float) -> Any:
         outputs = self.engine.generate(request)
