@@ -3,9 +3,9 @@
 Knows uvicorn and signals. Knows no settings, and the engine only to close it.
 """
 
-import asyncio
 import signal
 import socket
+from collections.abc import Mapping
 from types import FrameType
 from typing import Final
 
@@ -13,10 +13,12 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.connections import reading_heads_within
+from server.draining import Drain
 from server.engines.base import Engine
 from server.errors import SettingsError
 
-GRACE_SECONDS: Final = 2.0
+CTRL_C_SECONDS: Final = 2.0
 BACKSTOP_SECONDS: Final = 5
 
 
@@ -45,43 +47,63 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: ASGIApp, engine: Engine, listener: socket.socket, log_level: str, welcome: str) -> None:
+def run(
+    app: ASGIApp,
+    engine: Engine,
+    listener: socket.socket,
+    log_level: str,
+    welcome: str,
+    drain: Drain,
+    *,
+    grace_seconds: float = 30,
+    read_timeout_seconds: float = 30,
+) -> None:
     """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers."""
     config = uvicorn.Config(
-        app, log_level=log_level, timeout_graceful_shutdown=BACKSTOP_SECONDS, server_header=False
+        app,
+        http=reading_heads_within(read_timeout_seconds),
+        log_level=log_level,
+        timeout_graceful_shutdown=BACKSTOP_SECONDS,
+        server_header=False,
     )
-    # uvicorn raises its signal once more when it is done. It has done its work then: leave with 0.
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
-    _Server(config, engine, welcome).run(sockets=[listener])
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    graces: dict[int, float] = {
+        signal.SIGTERM: grace_seconds,
+        signal.SIGINT: min(grace_seconds, CTRL_C_SECONDS),
+    }
+    _Server(config, engine, welcome, drain, graces).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but running answers end after a grace period with an error that says why."""
+    """uvicorn, but it listens on until running answers have ended or their grace period has.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, welcome: str) -> None:
+    A signal begins `drain`; a second one ends it. Then answers that still run get an error that says why.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        welcome: str,
+        drain: Drain,
+        graces: Mapping[int, float],
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._welcome = welcome
+        self._drain = drain
+        self._graces = graces
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # The end is bounded as it is: a second Ctrl-C need not cut it short and spill tracebacks.
-        if not self.should_exit:
-            super().handle_exit(sig, frame)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        # Nothing here may wait: it runs between any two instructions of the loop.
+        self._drain.begin(0 if self._drain.has_begun else self._graces[sig])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         typer.echo(self._welcome)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        closing = asyncio.create_task(self._close_engine())
-        await super().shutdown(sockets)
-        closing.cancel()
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._drain.is_over
 
-    async def _close_engine(self) -> None:
-        await asyncio.sleep(GRACE_SECONDS)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._engine.close()
+        await super().shutdown(sockets)

@@ -13,7 +13,7 @@ from server.body import Bounds
 from server.engines.fake import FakeEngine
 from server.errors import ERRORS
 from server.metrics import Metrics
-from server.process import GRACE_SECONDS
+from server.process import CTRL_C_SECONDS
 from server.schemas import ChatCompletionRequest, CompletionRequest, Only
 from server.settings import Settings, flag, variable
 
@@ -96,7 +96,7 @@ def test_endpoints() -> None:
 
 def test_figures() -> None:
     assert Bounds() == Bounds(*(Settings.model_fields[name].default for name in Bounds.__slots__))
-    assert GRACE_SECONDS == 2 and "two seconds" in PAGE
+    assert CTRL_C_SECONDS == 2 and "two seconds" in PAGE
 
 
 @pytest.mark.anyio
