@@ -41,7 +41,8 @@ class RowArguments:
     """What one request brings to every step, in the form that the processors read.
 
     `temperature` is 1.0 for a greedy request, whose `noise` is 0.0; `top_k` is the size of the
-    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned. `row` is what else it needs.
+    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned. `row` is what else it needs. `mask`
+    is what it runs under; nothing here looks into it.
     """
 
     num_safety: int
@@ -52,6 +53,7 @@ class RowArguments:
     top_p: float
     seed: int
     row: Row
+    mask: Any = None
 
     def as_keywords(self) -> dict[str, Any]:
         """The `logit_processor_kwargs` of the manager's `add_request`."""
@@ -212,6 +214,10 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     def begins(self) -> list[int]:
         """At which place of its request's tokens the part that each request has in this step begins."""
         return [each.state.position_offset - each.query_length for each in self.step]
+
+    def masks(self) -> list[Any]:
+        """Under which mask each request of this step runs."""
+        return [_keywords(request)["mask"] for request in self.step]
 
     def _by_row(self, scores: Tensor, change: Callable[[Row, Tensor], Tensor]) -> Tensor:
         if not self._special:

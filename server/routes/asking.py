@@ -6,7 +6,7 @@ Knows the order of things. Knows no engine but its protocol, and no kind of answ
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import Request
@@ -47,7 +47,8 @@ class Asking:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
         asked = _asked_levels(request, body, self.model, info)
         try:
-            granted = grant(info.levels, asked, self.default)
+            # Read anew: another mask may have another threshold under the same name.
+            granted = grant(info.levels, asked, info.levels.parse(self.default.name))
         except LevelDeniedError as error:
             self.metrics.denied(error)
             raise
@@ -61,11 +62,14 @@ class Asking:
         wanted: Sequence[GenerateRequest],
         answers: Answers,
         level: SafetyLevel,
+        info: EngineInfo,
         arrived: float,
     ) -> Response:
-        """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
-        `time.perf_counter`."""
-        headers = _level_headers(level, self.engine.describe())
+        """Generate what is wanted and answer with it, whole or as a stream. `info` is what the level was
+        granted with; `arrived` is of `time.perf_counter`."""
+        headers = _level_headers(level, info)
+        # The mask may be swapped meanwhile; a threshold means what it means under its own.
+        wanted = [replace(each, mask_digest=info.mask_digest) for each in wanted]
         outputs = merged(await self._admitted(request, body, wanted, arrived))
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)

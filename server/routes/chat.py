@@ -35,7 +35,7 @@ def chat_router(asking: Asking) -> APIRouter:
             logprobs=bool(body.logprobs),
             tools=_tools(asking.engine, body),
         )
-        return await asking.answer(request, body, wanted, answers, level, arrived)
+        return await asking.answer(request, body, wanted, answers, level, info, arrived)
 
     return router
 

@@ -36,7 +36,7 @@ def completions_router(asking: Asking) -> APIRouter:
             logprobs=body.logprobs is not None,
             echoes=await _echoes(asking.engine, body) if body.echo else None,
         )
-        return await asking.answer(request, body, wanted, answers, level, arrived)
+        return await asking.answer(request, body, wanted, answers, level, info, arrived)
 
     return router
 
