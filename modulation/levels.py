@@ -17,6 +17,9 @@ SECURITY_CRITICAL: Final = "security-critical"
 BALANCED: Final = "balanced"
 UTILITY_PRIORITY: Final = "utility-priority"
 
+STANDARD: Final = (SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY)
+"""Safest first."""
+
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
@@ -39,6 +42,12 @@ class Threshold:
 
 
 ZERO: Final = Threshold(0, 0)
+
+
+def _dominates(one: Threshold, other: Threshold) -> bool:
+    if ZERO in (one, other):
+        return other == ZERO
+    return one.num_safety >= other.num_safety and one.num_utility <= other.num_utility
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,28 @@ class SafetyLevels:
             )
         number = int(text)
         return SafetyLevel(text, Threshold(number, self._proportional(number)))
+
+    def at_least_as_safe(self, one: Threshold, other: Threshold) -> bool:
+        """Whether whoever may ask for nothing less safe than `other` may ask for `one`.
+
+        A partial order. `one` is at least as safe as `other` if one of these says so, or a chain of them:
+
+        - Nothing is less safe than (0, 0), and nothing but (0, 0) itself is as little safe.
+        - `one` activates at least as many safety neurons and at most as many utility neurons.
+        - Both are thresholds of standard names, and `one`'s comes earlier in `security-critical`,
+          `balanced`, `utility-priority`, whatever numbers the mask gives them.
+
+        What no chain connects cannot be compared: False, both ways.
+        """
+        named = [self.named[name] for name in STANDARD if self.named.get(name, ZERO) != ZERO]
+        reached, waiting = {one}, [one]
+        while waiting:
+            here = waiting.pop()
+            safest = next((i for i, each in enumerate(named) if _dominates(here, each)), len(named))
+            new = set(named[safest:]) - reached
+            reached |= new
+            waiting += new
+        return any(_dominates(each, other) for each in reached)
 
     def accepted(self) -> str:
         """One sentence that lists what `parse` accepts."""

@@ -3,10 +3,13 @@
 Knows every part by its constructor and none by its inside.
 """
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -15,12 +18,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from modulation.errors import LevelError
+from server.access import check_callers
 from server.admission import Admission
+from server.authentication import Authenticate, FindCaller, by_key, everybody
 from server.body import Bounds
+from server.callers import ANONYMOUS
 from server.draining import Drain, RefuseWhenDraining
 from server.engines.base import Engine
 from server.errors import (
     ERRORS,
+    AuthenticationError,
     MethodNotAllowedError,
     RequestError,
     RouteNotFoundError,
@@ -28,6 +35,7 @@ from server.errors import (
     error_body,
     kind_of,
 )
+from server.keys import Keyring
 from server.metrics import CountRequests, Metrics
 from server.rates import Rates
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
@@ -44,13 +52,17 @@ from server.visits import Gate
 # Enough that a batch never runs dry; the last in line waits for about four answers.
 NUM_WAITING_PER_SEQ: Final = 4
 
+NO_KEY_NEEDED: Final = ("/health", "/ready")
+METRICS: Final = "/metrics"
+
 
 def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -> FastAPI:
     """The application that serves `engine` as `settings` say. Its end closes the engine; before that,
     nothing new is taken from when `drain` begins.
 
     Raises:
-        SettingsError: the default level is not one that the engine's mask offers.
+        SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
+            be used with it.
     """
     try:
         default = engine.describe().levels.parse(settings.default_level)
@@ -69,6 +81,11 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     drain = drain or Drain()
     app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
+    find_caller, app.state.keyring = _callers(settings, engine)
+    open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
+    app.add_middleware(
+        Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
+    )
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
@@ -95,6 +112,35 @@ def _bounds(settings: Settings) -> Bounds:
     return Bounds(settings.max_body_bytes, settings.read_timeout_seconds, settings.max_messages)
 
 
+async def reload(app: FastAPI) -> None:
+    """Put in force what has changed in the key file; a file that cannot be used changes nothing."""
+    keyring: Keyring | None = app.state.keyring
+    if keyring is None:
+        return
+    try:
+        await asyncio.to_thread(keyring.reload)
+    except SettingsError as error:
+        logging.getLogger(__name__).error("The keys were not reloaded, the old ones stay in force. %s", error)
+    else:
+        logging.getLogger(__name__).info("The keys were reloaded: %d.", len(keyring.callers))
+
+
+def _callers(settings: Settings, engine: Engine) -> tuple[FindCaller, Keyring | None]:
+    """How a request's caller is found, and the keys if there are any."""
+    if settings.keys is None:
+        # Told to serve anybody, it serves nobody below the floor; on loopback the operator asks.
+        floor = settings.default_floor if settings.open_to_anyone else None
+        anonymous = replace(ANONYMOUS, floor=floor)
+        check_callers([anonymous], engine.describe().levels)
+        return everybody(anonymous), None
+    keyring = Keyring(
+        settings.keys,
+        settings.default_floor,
+        check=lambda callers: check_callers(callers, engine.describe().levels),
+    )
+    return by_key(keyring.find), keyring
+
+
 class _ErrorResponse(JSONResponse):
     """JSON in ASCII: an error may quote text that is not valid Unicode."""
 
@@ -106,6 +152,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     # What nobody expected is answered outside of the middleware that gives every answer its id.
     headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
     headers |= getattr(error, "headers", {})
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
     return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
 
 

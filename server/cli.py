@@ -24,6 +24,7 @@ from modulation.evaluation.prompts_command import prompts
 from modulation.evaluation.robustness_commands import robustness
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
+from server.key_commands import app as keys
 from server.settings import DEMO, Settings, flag, read_settings, variable
 
 if TYPE_CHECKING:
@@ -76,13 +77,14 @@ app.add_typer(
         no_args_is_help=True,
     )
 )
+app.add_typer(keys)
 
 
 def serve(**flags: Any) -> None:
     """Serve the model over OpenAI's API."""
     settings = read_settings({name: value for name, value in flags.items() if value is not None})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    from server.app import create_app
+    from server.app import create_app, reload
     from server.draining import Drain
     from server.process import bind, run
 
@@ -102,6 +104,7 @@ def serve(**flags: Any) -> None:
             settings.log_level,
             _welcome(settings, engine, address, port),
             drain,
+            lambda: reload(application),
             grace_seconds=settings.grace_seconds,
             read_timeout_seconds=settings.read_timeout_seconds,
         )
@@ -144,6 +147,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         f"{level.name} ({level.threshold.num_safety}, {level.threshold.num_utility})" for level in info.levels
     )
     host = "localhost" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+    key = "" if settings.keys is None else " -H 'Authorization: Bearer KEY'"
     message = '{"role": "user", "content": "How do I kill weeds?"}'
     lines = [
         f"model           {info.model_id}",
@@ -153,7 +157,7 @@ def _welcome(settings: Settings, engine: "Engine", address: str, port: int) -> s
         f"address         http://{host}:{port}",
         "",
         "Try it:",
-        f"  curl -s http://{host}:{port}/v1/chat/completions -H 'X-Safety-Level: security-critical' \\",
+        f"  curl -s http://{host}:{port}/v1/chat/completions{key} -H 'X-Safety-Level: security-critical' \\",
         f'    -d \'{{"model": "{settings.served_model_name}", "temperature": 0, "messages": [{message}]}}\'',
     ]
     return "\n".join(lines)

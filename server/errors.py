@@ -11,7 +11,13 @@ RequestError                    the caller's mistake; `param` is the path of wha
 ├── UnsupportedParameterError   a field of the API that is not supported with this value
 ├── LevelDeniedError            the safety level asked for is not given
 │   ├── InvalidLevelError       unknown, malformed or too large
-│   └── LevelConflictError      header, body and model suffix do not ask for the same
+│   ├── LevelConflictError      header, body and model suffix do not ask for the same
+│   └── LevelForbiddenError     less safe than the caller's floor
+├── AuthenticationError         no caller: 401
+│   ├── MissingKeyError         no key was sent
+│   ├── InvalidKeyError         the key is not one of ours, or not sent as one
+│   └── ExpiredKeyError         it was one of ours
+├── AdminRequiredError          the caller's role is not admin
 ├── ModelNotFoundError          no such model here
 ├── RouteNotFoundError          no such path
 └── MethodNotAllowedError       the path exists, the method does not
@@ -75,7 +81,7 @@ class UnsupportedParameterError(RequestError):
 class LevelDeniedError(RequestError):
     """The level asked for is not given. `reason` counts it in the metrics."""
 
-    reason: ClassVar[Literal["invalid", "conflict"]]
+    reason: ClassVar[Literal["invalid", "conflict", "forbidden"]]
 
 
 class InvalidLevelError(LevelDeniedError):
@@ -88,6 +94,32 @@ class LevelConflictError(LevelDeniedError):
     """The request names its level more than once, and not the same one."""
 
     reason = "conflict"
+
+
+class LevelForbiddenError(LevelDeniedError):
+    """The level is less safe than the caller may ask for, or cannot be compared with that."""
+
+    reason = "forbidden"
+
+
+class AuthenticationError(RequestError):
+    """Nobody knows who asks."""
+
+
+class MissingKeyError(AuthenticationError):
+    """The request came without a key."""
+
+
+class InvalidKeyError(AuthenticationError):
+    """The key is not known, or it did not come as one bearer token."""
+
+
+class ExpiredKeyError(AuthenticationError):
+    """The key's time is over. Told apart from an unknown key: only who has the key can learn it."""
+
+
+class AdminRequiredError(RequestError):
+    """Only an admin may do this."""
 
 
 class ModelNotFoundError(RequestError):
@@ -176,6 +208,11 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         PromptTooLongError: ErrorKind(400, "invalid_request_error", "context_length_exceeded"),
         GrammarError: ErrorKind(400, "invalid_request_error", "invalid_grammar"),
         UnsupportedByEngineError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
+        MissingKeyError: ErrorKind(401, "invalid_request_error", "missing_api_key"),
+        InvalidKeyError: ErrorKind(401, "invalid_request_error", "invalid_api_key"),
+        ExpiredKeyError: ErrorKind(401, "invalid_request_error", "expired_api_key"),
+        LevelForbiddenError: ErrorKind(403, "invalid_request_error", "safety_level_forbidden"),
+        AdminRequiredError: ErrorKind(403, "invalid_request_error", "admin_required"),
         ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
         RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
         MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),

@@ -3,9 +3,11 @@
 Knows uvicorn and signals. Knows no settings, and the engine only to close it.
 """
 
+import asyncio
+import logging
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
 from typing import Final
 
@@ -47,6 +49,14 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+Reload = Callable[[], Awaitable[None]]
+"""What SIGHUP asks for."""
+
+
+async def _nothing() -> None:
+    pass
+
+
 def run(
     app: ASGIApp,
     engine: Engine,
@@ -54,11 +64,13 @@ def run(
     log_level: str,
     welcome: str,
     drain: Drain,
+    reload: Reload = _nothing,
     *,
     grace_seconds: float = 30,
     read_timeout_seconds: float = 30,
 ) -> None:
-    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers."""
+    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
+    `reload`, one at a time."""
     config = uvicorn.Config(
         app,
         http=reading_heads_within(read_timeout_seconds),
@@ -66,11 +78,12 @@ def run(
         timeout_graceful_shutdown=BACKSTOP_SECONDS,
         server_header=False,
     )
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a loop to reload in
     graces: dict[int, float] = {
         signal.SIGTERM: grace_seconds,
         signal.SIGINT: min(grace_seconds, CTRL_C_SECONDS),
     }
-    _Server(config, engine, welcome, drain, graces).run(sockets=[listener])
+    _Server(config, engine, welcome, drain, graces, reload).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -86,12 +99,15 @@ class _Server(uvicorn.Server):
         welcome: str,
         drain: Drain,
         graces: Mapping[int, float],
+        reload: Reload,
     ) -> None:
         super().__init__(config)
         self._engine = engine
         self._welcome = welcome
         self._drain = drain
         self._graces = graces
+        self._reload = reload
+        self._hung_up = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         # Nothing here may wait: it runs between any two instructions of the loop.
@@ -99,11 +115,23 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up.set)
+        self._reloading = asyncio.create_task(self._reload_when_told())
         typer.echo(self._welcome)
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._drain.is_over
 
+    async def _reload_when_told(self) -> None:
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            try:
+                await self._reload()
+            except Exception:
+                logging.getLogger(__name__).exception("The reload failed; what was in force stays.")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._reloading.cancel()
         await self._engine.close()
         await super().shutdown(sockets)

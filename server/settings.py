@@ -3,6 +3,7 @@
 Knows names, types and which of them go together. Knows no model, no mask, no engine. Read once, frozen.
 """
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -40,6 +41,16 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     default_level: str = Field(
         default="balanced", description="Safety level of requests that name none: a name or a number."
+    )
+    keys: Path | None = Field(
+        default=None, description="Key file; without one only loopback is served. SIGHUP reads it again."
+    )
+    default_floor: str = Field(
+        default="balanced", description="Least safe level that keys without a floor may ask for."
+    )
+    public_metrics: bool = Field(default=False, description="Let /metrics be read without a key.")
+    open_to_anyone: bool = Field(
+        default=False, description="Serve whoever reaches the address, without keys, at the default floor."
     )
     engine: Literal["transformers", "fake"] = Field(
         default="transformers", description="What generates; 'fake' has no model, for trying the API out."
@@ -102,6 +113,22 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _guarded(self) -> "Settings":
+        if self.keys is not None and self.open_to_anyone:
+            raise ValueError("open_to_anyone is for a server without keys; leave one of them out")
+        if self.keys is None and not self.open_to_anyone:
+            if not _is_loopback(self.host):
+                raise ValueError(
+                    f"host {self.host!r} is not loopback, and without keys whoever reaches it may ask. Give "
+                    "a key file with --keys (neurontune keys add makes one), or say --open-to-anyone"
+                )
+            if "default_floor" in self.model_fields_set:
+                raise ValueError("default_floor would bind nobody: give a key file with --keys")
+        if self.keys is None and self.public_metrics:
+            raise ValueError("public_metrics is for a server with keys; without, everything is public")
+        return self
+
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Settings from `flags`, then the environment, then the defaults.
@@ -127,6 +154,13 @@ def flag(name: str) -> str:
 def variable(name: str) -> str:
     """The environment variable for the setting `name`."""
     return f"{PREFIX}{name.upper()}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _sentence(error: ErrorDetails) -> str:

@@ -13,10 +13,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from modulation.levels import SafetyLevel
-from server.access import AskedLevel, grant
+from server.access import AskedLevel, admitted_names, grant, may_use_model
 from server.admission import estimated_tokens
 from server.answers import Answers
 from server.body import Bounds
+from server.callers import Caller, caller_of
 from server.choices import merged
 from server.engines.base import Engine, EngineInfo, GenerateRequest, Output
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
@@ -48,7 +49,8 @@ class Asking:
         asked = _asked_levels(request, body, self.model, info)
         try:
             # Read anew: another mask may have another threshold under the same name.
-            granted = grant(info.levels, asked, info.levels.parse(self.default.name))
+            default = info.levels.parse(self.default.name)
+            granted = grant(info.levels, asked, default, caller_of(request.scope))
         except LevelDeniedError as error:
             self.metrics.denied(error)
             raise
@@ -117,19 +119,27 @@ def fingerprint(info: EngineInfo) -> str:
     return f"neurontune-{info.mask_digest}"
 
 
-def refuse_other_model(name: str, model: str, info: EngineInfo) -> None:
-    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases."""
-    level_suffix(name, model, info)
+def refuse_other_model(name: str | None, model: str, info: EngineInfo, caller: Caller) -> None:
+    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases, or where
+    the caller may not use it. None: the model served."""
+    level_suffix(model if name is None else name, model, info, caller)
 
 
-def level_suffix(name: str, model: str, info: EngineInfo) -> str | None:
-    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model."""
+def level_suffix(name: str, model: str, info: EngineInfo, caller: Caller) -> str | None:
+    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model, or for
+    one that the caller may not use."""
+    if not may_use_model(caller, model):
+        raise ModelNotFoundError(
+            f"The model {name!r} is not served to {caller.name!r}: the model served here is none of this "
+            "key's models in the key file.",
+            "model",
+        )
     if name == model:
         return None
     if not name.startswith(f"{model}@"):
-        aliases = ", ".join(f"{model}@{level}" for level in info.levels.names)
+        aliases = "".join(f"{model}@{level}, " for level in admitted_names(info.levels, caller))
         raise ModelNotFoundError(
-            f"The model {name!r} is not served here. Accepted: {model}, {aliases}, "
+            f"The model {name!r} is not served here. Accepted: {model}, {aliases}"
             f"or {model}@ and a whole number of safety neurons.",
             "model",
         )
@@ -143,7 +153,7 @@ def _asked_levels(request: Request, body: AnswerRequest, model: str, info: Engin
     ]
     if body.safety_level is not None:
         asked.append(("body field safety_level", "safety_level", body.safety_level))
-    suffix = level_suffix(body.model, model, info)
+    suffix = level_suffix(body.model, model, info, caller_of(request.scope))
     if suffix is not None:
         asked.append((f"model name {body.model!r}", "model", suffix))
     return [AskedLevel(*one) for one in asked]

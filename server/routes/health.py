@@ -33,7 +33,7 @@ def health_router(engine: Engine, metrics: Metrics, drain: Drain) -> APIRouter:
 
     text = {"description": "Metrics.", "content": {CONTENT_TYPE_LATEST: {"schema": TEXT}}}
 
-    @router.get("/metrics", response_class=Response, responses={200: text, **failing(500)})
+    @router.get("/metrics", response_class=Response, responses={200: text, **failing(401, 500)})
     async def prometheus() -> Response:
         """The metrics, in Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,40 +1,46 @@
 """`GET /v1/safety-levels`: what a request may ask for.
 
-Knows levels. Knows no engine but its protocol.
+Knows levels and callers. Knows no engine but its protocol.
 """
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from modulation.levels import SafetyLevel, Threshold
+from server.access import admits, default_of
+from server.callers import caller_of
 from server.engines.base import Engine
 from server.routes.openapi import COUNT, TEXT, listed, telling
 
 
 def levels_router(engine: Engine, default: SafetyLevel) -> APIRouter:
-    """The route. `default` is the level of a request that names none."""
+    """The route. `default` is the server's for a request that names none."""
     router = APIRouter()
 
     counts = {"num_safety": COUNT, "num_utility": COUNT}
     told = {
         "object": TEXT,
         "default": TEXT,
+        "floor": {"type": ["string", "null"]},
         "mask": TEXT,
         "max": {"type": "object", "required": list(counts), "properties": counts},
         "data": listed(id=TEXT, **counts),
     }
 
-    @router.get("/v1/safety-levels", responses=telling(**told))
-    async def list_safety_levels() -> dict[str, Any]:
-        """The named levels with their thresholds, the default, the mask and its size."""
-        info = engine.describe()
+    @router.get("/v1/safety-levels", responses=telling(401, **told))
+    async def list_safety_levels(request: Request) -> dict[str, Any]:
+        """The named levels that the caller may ask for with their thresholds, the caller's default and
+        floor (null: none), the mask and its size."""
+        info, caller = engine.describe(), caller_of(request.scope)
+        shown = [level for level in info.levels if admits(info.levels, caller, level)]
         return {
             "object": "list",
-            "default": default.name,
+            "default": default_of(info.levels, caller, default).name,
+            "floor": None if caller.floor is None else str(caller.floor),
             "mask": info.mask_digest,
             "max": _counts(info.levels.maximum),
-            "data": [{"id": level.name, **_counts(level.threshold)} for level in info.levels],
+            "data": [{"id": level.name, **_counts(level.threshold)} for level in shown],
         }
 
     return router

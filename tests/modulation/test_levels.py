@@ -93,3 +93,37 @@ def test_levels_that_contradict_themselves_are_refused(named: dict[str, Threshol
 def test_a_threshold_is_never_negative() -> None:
     with pytest.raises(LevelError, match="num_utility -1"):
         Threshold(3, -1)
+
+
+def closed(thresholds: set[Threshold], levels: SafetyLevels) -> set[tuple[Threshold, Threshold]]:
+    """The order as a relation, by Floyd and Warshall from its three rules."""
+    zero = Threshold(0, 0)
+    names = [levels.named[name] for name in ("security-critical", "balanced", "utility-priority")]
+    pairs = set()
+    for one in thresholds:
+        for other in thresholds:
+            dominates = one.num_safety >= other.num_safety and one.num_utility <= other.num_utility
+            named = any(one == names[i] and other in names[i:] for i in range(len(names)))
+            if other == zero or (one != zero and (dominates or named)):
+                pairs.add((one, other))
+    for middle in thresholds - {zero}:
+        for one in thresholds:
+            if (one, middle) in pairs:
+                pairs |= {(one, other) for other in thresholds if (middle, other) in pairs}
+    return pairs
+
+
+counts = st.builds(Threshold, st.integers(0, 6), st.integers(0, 6))
+
+
+@given(st.tuples(st.builds(Threshold, st.integers(1, 6), st.integers(0, 6)), counts, counts), st.sets(counts))
+def test_the_order_is_the_closure_of_its_rules(
+    named: tuple[Threshold, Threshold, Threshold], others: set[Threshold]
+) -> None:
+    names = ("security-critical", "balanced", "utility-priority")
+    levels = SafetyLevels(dict(zip(names, named, strict=True)), Threshold(6, 6))
+    thresholds = {*others, *named, Threshold(0, 0)}
+    expected = closed(thresholds, levels)
+    for one in thresholds:
+        for other in thresholds:
+            assert levels.at_least_as_safe(one, other) == ((one, other) in expected), (one, other)

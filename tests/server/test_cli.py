@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.settings import Settings, flag, variable
+from tests.server.keying import bearer, key_file
 
 COMMAND = [sys.executable, "-m", "server"]
 ROOT = Path(__file__).parent.parent.parent
@@ -98,3 +99,34 @@ def test_serve_prints_what_is_served_and_a_request_that_works() -> None:
         assert response.status_code == 200 and response.headers["x-safety-level"] == "security-critical"
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    path = key_file(tmp_path / "keys.yaml", old={})
+    command = [*COMMAND, "serve", "--engine", "fake", "--port", "0", "--keys", str(path)]
+    with started(command) as (process, printed):
+        found = re.search(r"^address +(\S+)", printed, re.MULTILINE)
+        assert found and process.stderr is not None
+        address = found[1]
+
+        def hang_up(say: str) -> None:
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr is not None
+            assert any(say in line for line in process.stderr), "the server ended"
+
+        def status(name: str) -> int:
+            return httpx.get(f"{address}/v1/models", headers=bearer(name)).status_code
+
+        assert (status("old"), status("new")) == (200, 401)
+        path.write_text("keys: [")
+        hang_up(f"old ones stay in force. Key file {path}, line 1")
+        assert (status("old"), status("new")) == (200, 401)
+        key_file(path, new={})
+        hang_up("The keys were reloaded: 1.")
+        assert (status("old"), status("new")) == (401, 200)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(10) == 0
+        assert "Traceback" not in rest and "nt-the-key" not in rest

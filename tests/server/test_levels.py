@@ -116,6 +116,7 @@ async def test_the_levels_route_lists_what_a_request_may_ask(client: httpx.Async
     assert (await client.get("/v1/safety-levels")).json() == {
         "object": "list",
         "default": "balanced",
+        "floor": None,
         "mask": MASK_DIGEST,
         "max": {"num_safety": 128, "num_utility": 64},
         "data": [

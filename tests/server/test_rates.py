@@ -1,46 +1,47 @@
 """A key has so many requests and tokens per minute, and is told what is left."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import httpx
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.app import create_app
-from server.callers import SCOPE_KEY, Caller
+from server.callers import Caller
 from server.engines.fake import FakeEngine
 from server.errors import RateLimitError
 from server.rates import Rates
 from server.settings import Settings
 from tests.server.conftest import CHAT, error_of
+from tests.server.keying import bearer, key_file
 
 pytestmark = pytest.mark.anyio
 
 
-class As:
-    """An app whose every request comes from one caller, as authentication would find it."""
-
-    def __init__(self, app: ASGIApp, caller: Caller) -> None:
-        self._app, self._caller = app, caller
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[SCOPE_KEY] = self._caller
-        await self._app(scope, receive, send)
-
-
-def client_of(app: ASGIApp, caller: Caller) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(As(app, caller)), base_url="http://server")
+Client = Callable[[str], httpx.AsyncClient]
+Clients = Callable[..., Client]
 
 
 @pytest.fixture
-def app(engine: FakeEngine) -> ASGIApp:
-    return create_app(Settings(engine="fake"), engine)
+def clients(tmp_path: Path, engine: FakeEngine) -> Clients:
+    """Makes an app whose keys have these fields, and returns what makes a client for a name."""
+
+    def of(**entries: dict[str, int]) -> Client:
+        keys = key_file(tmp_path / "keys.yaml", **entries)
+        transport = httpx.ASGITransport(create_app(Settings(engine="fake", keys=keys), engine))
+        return lambda name: httpx.AsyncClient(
+            transport=transport, base_url="http://server", headers=bearer(name)
+        )
+
+    return of
 
 
 def body(words: int = 2, **fields: object) -> dict[str, object]:
     return {"model": "demo", "messages": [{"role": "user", "content": "Hey " * words}], **fields}
 
 
-async def test_requests_beyond_the_rate_are_429_with_what_is_left(app: ASGIApp) -> None:
-    async with client_of(app, Caller("ann", requests_per_minute=2)) as client:
+async def test_requests_beyond_the_rate_are_429_with_what_is_left(clients: Clients) -> None:
+    async with clients(ann={"requests_per_minute": 2})("ann") as client:
         for left in (1, 0):
             answered = await client.post(CHAT, json=body())
             assert answered.headers["x-ratelimit-limit-requests"] == "2"
@@ -55,13 +56,14 @@ async def test_requests_beyond_the_rate_are_429_with_what_is_left(app: ASGIApp) 
         assert 'neurontune_refusals_total{reason="rate_limit"} 2.0' in (await client.get("/metrics")).text
 
 
-async def test_callers_have_rates_of_their_own_and_without_one_there_is_no_header(app: ASGIApp) -> None:
-    async with client_of(app, Caller("ann", requests_per_minute=1)) as ann:
+async def test_callers_have_rates_of_their_own_and_without_one_there_is_no_header(clients: Clients) -> None:
+    client_of = clients(ann={"requests_per_minute": 1}, ben={"requests_per_minute": 1}, eve={})
+    async with client_of("ann") as ann:
         await ann.post(CHAT, json=body())
         assert (await ann.post(CHAT, json=body())).status_code == 429
-    async with client_of(app, Caller("ben", requests_per_minute=1)) as ben:
+    async with client_of("ben") as ben:
         assert (await ben.post(CHAT, json=body())).status_code == 200
-    async with client_of(app, Caller("eve")) as eve:
+    async with client_of("eve") as eve:
         answered = [await eve.post(CHAT, json=body()) for _ in range(3)]
         assert all(each.status_code == 200 for each in answered)
         assert not any(name.startswith("x-ratelimit") for name in answered[0].headers)
@@ -69,9 +71,9 @@ async def test_callers_have_rates_of_their_own_and_without_one_there_is_no_heade
 
 @pytest.mark.parametrize(("choices", "stream"), [(1, False), (1, True), (3, False)])
 async def test_a_request_is_charged_the_tokens_of_its_prompt_once_and_of_all_its_answers(
-    app: ASGIApp, choices: int, stream: bool
+    clients: Clients, choices: int, stream: bool
 ) -> None:
-    async with client_of(app, Caller("ann", tokens_per_minute=1000)) as client:
+    async with clients(ann={"tokens_per_minute": 1000})("ann") as client:
         await client.post(CHAT, json=body(10, n=choices, max_tokens=7, stream=stream))
         seen = await client.post("/tokenize", json={"prompt": "Hey"})
         prompt = 1 + 1 + 10  # as the fake engine counts: more than was estimated before
@@ -79,9 +81,9 @@ async def test_a_request_is_charged_the_tokens_of_its_prompt_once_and_of_all_its
 
 
 async def test_a_prompt_that_is_more_than_what_is_left_is_refused_before_it_is_generated(
-    app: ASGIApp,
+    clients: Clients,
 ) -> None:
-    async with client_of(app, Caller("ann", tokens_per_minute=30)) as client:
+    async with clients(ann={"tokens_per_minute": 30})("ann") as client:
         refused = await client.post(CHAT, json=body(100))
         assert "It never fits" in error_of(refused, 429, "rate_limit_exceeded")["message"]
         assert (await client.post(CHAT, json=body(max_tokens=28))).status_code == 200
