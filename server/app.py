@@ -17,12 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from modulation.demo import MASK_FILE
 from modulation.errors import LevelError
+from modulation.levels import SafetyLevels
 from server.access import check_callers
 from server.admission import Admission
 from server.authentication import Authenticate, FindCaller, by_key, everybody
 from server.body import Bounds
-from server.callers import ANONYMOUS
+from server.callers import ANONYMOUS, Caller
 from server.draining import Drain, RefuseWhenDraining
 from server.engines.base import Engine
 from server.errors import (
@@ -36,9 +38,11 @@ from server.errors import (
     kind_of,
 )
 from server.keys import Keyring
+from server.mask_swap import MaskSwap
 from server.metrics import CountRequests, Metrics
 from server.rates import Rates
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
+from server.routes.admin import admin_router
 from server.routes.asking import Asking
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -82,6 +86,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     drain = drain or Drain()
     app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
     find_caller, app.state.keyring = _callers(settings, engine)
+    app.state.mask_swap = _mask_swap(settings, engine, app.state.keyring)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
@@ -95,6 +100,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.include_router(models_router(engine, model, created=int(time.time())))
     app.include_router(levels_router(engine, default))
     app.include_router(health_router(engine, metrics, drain))
+    app.include_router(admin_router(engine, app.state.mask_swap, _bounds(settings)))
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -113,8 +119,13 @@ def _bounds(settings: Settings) -> Bounds:
 
 
 async def reload(app: FastAPI) -> None:
-    """Put in force what has changed in the key file; a file that cannot be used changes nothing."""
-    keyring: Keyring | None = app.state.keyring
+    """Put in force what has changed in the key file and then in the mask file; a file that cannot be used
+    changes nothing."""
+    await _reload_keys(app.state.keyring)
+    await app.state.mask_swap.reload()
+
+
+async def _reload_keys(keyring: Keyring | None) -> None:
     if keyring is None:
         return
     try:
@@ -125,12 +136,20 @@ async def reload(app: FastAPI) -> None:
         logging.getLogger(__name__).info("The keys were reloaded: %d.", len(keyring.callers))
 
 
+def _mask_swap(settings: Settings, engine: Engine, keyring: Keyring | None) -> MaskSwap:
+    def check(levels: SafetyLevels) -> None:
+        levels.parse(settings.default_level)
+        check_callers(_everybody(settings) if keyring is None else keyring.callers, levels)
+
+    file = settings.mask or MASK_FILE
+    reread = None if settings.engine == "fake" else file
+    return MaskSwap(settings.mask_dir or file.parent, reread, engine.use_mask, check)
+
+
 def _callers(settings: Settings, engine: Engine) -> tuple[FindCaller, Keyring | None]:
     """How a request's caller is found, and the keys if there are any."""
     if settings.keys is None:
-        # Told to serve anybody, it serves nobody below the floor; on loopback the operator asks.
-        floor = settings.default_floor if settings.open_to_anyone else None
-        anonymous = replace(ANONYMOUS, floor=floor)
+        (anonymous,) = _everybody(settings)
         check_callers([anonymous], engine.describe().levels)
         return everybody(anonymous), None
     keyring = Keyring(
@@ -139,6 +158,13 @@ def _callers(settings: Settings, engine: Engine) -> tuple[FindCaller, Keyring | 
         check=lambda callers: check_callers(callers, engine.describe().levels),
     )
     return by_key(keyring.find), keyring
+
+
+def _everybody(settings: Settings) -> list[Caller]:
+    """Whoever comes where there are no keys."""
+    # Told to serve anybody, it serves nobody below the floor; on loopback the operator asks.
+    floor = settings.default_floor if settings.open_to_anyone else None
+    return [replace(ANONYMOUS, floor=floor)]
 
 
 class _ErrorResponse(JSONResponse):

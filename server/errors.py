@@ -18,6 +18,7 @@ RequestError                    the caller's mistake; `param` is the path of wha
 │   ├── InvalidKeyError         the key is not one of ours, or not sent as one
 │   └── ExpiredKeyError         it was one of ours
 ├── AdminRequiredError          the caller's role is not admin
+├── InvalidMaskError            a mask that cannot be put in force
 ├── ModelNotFoundError          no such model here
 ├── RouteNotFoundError          no such path
 └── MethodNotAllowedError       the path exists, the method does not
@@ -134,6 +135,10 @@ class MethodNotAllowedError(RequestError):
     """The route does not take this method."""
 
 
+class InvalidMaskError(RequestError):
+    """A mask that cannot be put in force; the one in force stays."""
+
+
 class RefusedError(Exception):
     """A request that may be answered later. Its text is fit for users, `reason` counts it in the metrics.
 
@@ -213,6 +218,7 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         ExpiredKeyError: ErrorKind(401, "invalid_request_error", "expired_api_key"),
         LevelForbiddenError: ErrorKind(403, "invalid_request_error", "safety_level_forbidden"),
         AdminRequiredError: ErrorKind(403, "invalid_request_error", "admin_required"),
+        InvalidMaskError: ErrorKind(400, "invalid_request_error", "invalid_mask"),
         ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
         RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
         MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),

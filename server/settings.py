@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     mask: Path | None = Field(
         default=None, description="Mask file. Default: the demo model's own; required for any other model."
     )
+    mask_dir: Path | None = Field(
+        default=None,
+        description="Folder that POST /admin/mask takes masks from. Default: the mask file's own.",
+    )
     served_model_name: str = Field(
         default="",
         pattern=r"^[A-Za-z0-9._:/+-]+$",
