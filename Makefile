@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check audit fix bench fuzz reproduce clean
+.PHONY: install serve test check audit fix bench load fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ fix: install
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)
+
+# Ten times as many clients as the server runs requests at once, for two minutes; fails if a check does.
+load: install
+	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 # Requests made up from the OpenAPI document, against both engines: no answer may be undocumented or a failure.
 FUZZ_EXAMPLES ?= 500

@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -18,12 +18,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from modulation.demo import MASK_FILE
 from modulation.errors import LevelError
+from modulation.levels import SafetyLevels
 from server.access import check_callers
+from server.admission import Admission
 from server.audit import Audit, entry_of, reload_record
 from server.audit_log import AuditLog, open_audit_log
 from server.authentication import Authenticate, by_key, everybody
+from server.body import Bounds
 from server.callers import ANONYMOUS, Caller
+from server.draining import Drain, RefuseWhenDraining
 from server.engines.base import Engine
 from server.errors import (
     ERRORS,
@@ -37,8 +42,11 @@ from server.errors import (
 )
 from server.hardening import SecurityHeaders
 from server.keys import Keyring
+from server.mask_swap import MaskSwap
 from server.metrics import CountRequests, Metrics
+from server.rates import Rates
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
+from server.routes.admin import admin_router
 from server.routes.asking import TELLING_HEADERS, Asking
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -47,14 +55,19 @@ from server.routes.levels import levels_router
 from server.routes.models import models_router
 from server.routes.tokens import tokens_router
 from server.settings import Settings
+from server.visits import Gate
+
+# Enough that a batch never runs dry; the last in line waits for about four answers.
+NUM_WAITING_PER_SEQ: Final = 4
 
 NO_KEY_NEEDED: Final = ("/health", "/ready")
 METRICS: Final = "/metrics"
 GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The application that serves `engine` as `settings` say. Its end closes the engine.
+def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -> FastAPI:
+    """The application that serves `engine` as `settings` say. Its end closes the engine; before that,
+    nothing new is taken from when `drain` begins.
 
     Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
     `check_callers` with them.
@@ -80,12 +93,15 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
                 await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
+    drain = drain or Drain()
+    app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
     anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
     app.state.keyring = keyring
     app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
     check_callers(app.state.callers(), engine.describe().levels)
     find_caller = everybody(anonymous) if keyring is None else by_key(keyring.find)
     audit = app.state.audit = _audit_log(settings, metrics)
+    app.state.mask_swap = _mask_swap(settings, engine, app.state.callers, audit)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
@@ -103,23 +119,39 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
-    asking = Asking(engine, metrics, model, default)
+    asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
     app.include_router(chat_router(asking))
     app.include_router(completions_router(asking))
     app.include_router(tokens_router(asking))
     app.include_router(models_router(engine, model, created=int(time.time())))
     app.include_router(levels_router(engine, default))
-    app.include_router(health_router(engine, metrics))
+    app.include_router(health_router(engine, metrics, drain))
+    app.include_router(admin_router(engine, app.state.mask_swap, _bounds(settings)))
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     return app
 
 
+def _gate(settings: Settings, metrics: Metrics) -> Gate:
+    running, waiting = settings.max_num_seqs, settings.max_num_waiting
+    num_waiting = NUM_WAITING_PER_SEQ * running if waiting is None else waiting
+    admission = Admission(running, num_waiting, settings.max_waiting_tokens)
+    return Gate(admission, Rates(), metrics, settings.request_timeout_seconds)
+
+
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(settings.max_body_bytes, settings.read_timeout_seconds, settings.max_messages)
+
+
 async def reload(app: FastAPI) -> None:
-    """Put in force what has changed in the key file; a file that cannot be used changes nothing."""
-    keyring: Keyring | None = app.state.keyring
-    audit: AuditLog | None = app.state.audit
+    """Put in force what has changed in the key file and then in the mask file; a file that cannot be used
+    changes nothing."""
+    await _reload_keys(app.state.keyring, app.state.audit)
+    await app.state.mask_swap.reload()
+
+
+async def _reload_keys(keyring: Keyring | None, audit: AuditLog | None) -> None:
     if keyring is None:
         return
     try:
@@ -140,6 +172,22 @@ def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     return open_audit_log(
         settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
     )
+
+
+def _mask_swap(
+    settings: Settings, engine: Engine, callers: Callable[[], Sequence[Caller]], audit: AuditLog | None
+) -> MaskSwap:
+    def check(levels: SafetyLevels) -> None:
+        levels.parse(settings.default_level)
+        check_callers(callers(), levels)
+
+    def note(error: Exception | None, detail: str) -> None:
+        if audit is not None:
+            audit.write(reload_record("mask", error, detail))
+
+    file = settings.mask or MASK_FILE
+    reread = None if settings.engine == "fake" else file
+    return MaskSwap(settings.mask_dir or file.parent, reread, engine.use_mask, check, note)
 
 
 def _anonymous(settings: Settings) -> Caller:
@@ -169,6 +217,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     entry_of(request.scope).failed(error)
     # What nobody expected is answered outside of the middleware that gives every answer its id.
     headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
+    headers |= getattr(error, "headers", {})
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
     return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)

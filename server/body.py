@@ -4,7 +4,9 @@ Knows JSON and how to say what is wrong with a field. Knows no route, and the fi
 The content type is not asked: `curl -d` sends another one.
 """
 
+import asyncio
 import json
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -17,48 +19,77 @@ from server.errors import (
     InvalidValueError,
     RequestError,
     RequestTooLargeError,
+    SlowRequestError,
     UnknownParameterError,
     UnsupportedParameterError,
 )
 from server.schemas import CONFLICT, UNSUPPORTED
 
-MAX_BODY_BYTES: Final = 4 * 2**20
 MAX_ERRORS_SHOWN: Final = 5
 MAX_CHARACTERS_SHOWN: Final = 60
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-async def read_object(request: Request) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much is read of one request, and for how long."""
+
+    max_body_bytes: int = 4 * 2**20
+    read_timeout_seconds: float = 30.0
+    max_messages: int = 2048
+
+
+async def read_object(request: Request, bounds: Bounds) -> dict[str, Any]:
     """The JSON object that is the request's body.
 
     Raises:
-        RequestTooLargeError: more than `MAX_BODY_BYTES`; the rest is not read.
+        RequestTooLargeError: more than `bounds.max_body_bytes`; the rest is not read.
+        SlowRequestError: it took longer than `bounds.read_timeout_seconds` to arrive.
         InvalidJSONError: not UTF-8, not JSON, or not an object.
+        InvalidValueError: more messages than `bounds.max_messages`.
         ClientDisconnectedError: the client left before the end.
     """
-    return parse_object(await _read(request))
+    try:
+        async with asyncio.timeout(bounds.read_timeout_seconds) as limit:
+            body = await _read(request, bounds.max_body_bytes)
+    except TimeoutError as error:
+        assert limit.expired(), error
+        raise SlowRequestError(
+            f"The request body did not arrive within {bounds.read_timeout_seconds:g} s. Send it at once."
+        ) from error
+    value = parse_object(body)
+    _refuse_many(value.get("messages"), bounds.max_messages)
+    return value
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise _too_large()
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise _too_large()
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
     except ClientDisconnect as error:
         raise ClientDisconnectedError from error
     return bytes(body)
 
 
-def _too_large() -> RequestTooLargeError:
+def _too_large(max_bytes: int) -> RequestTooLargeError:
     return RequestTooLargeError(
-        f"The request body has more than {MAX_BODY_BYTES} bytes, the most this server reads."
+        f"The request body has more than {max_bytes} bytes, the most this server reads. Send less at once."
     )
+
+
+def _refuse_many(messages: Any, most: int) -> None:
+    if isinstance(messages, list) and len(messages) > most:
+        raise InvalidValueError(
+            f"messages has {len(messages)} entries; at most {most} are accepted. Leave out the oldest.",
+            "messages",
+        )
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -85,18 +85,29 @@ def serve(**flags: Any) -> None:
     settings = read_settings({name: value for name, value in flags.items() if value is not None})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
+    from server.draining import Drain
     from server.process import bind, run
 
     with bind(settings.host, settings.port) as listener:
         engine = build_engine(settings)
         try:
-            application = create_app(settings, engine)
+            drain = Drain()
+            application = create_app(settings, engine, drain)
         except NeuronTuneError:
             asyncio.run(engine.close())
             raise
         address, port = listener.getsockname()[:2]
-        welcome = _welcome(settings, engine, address, port)
-        run(application, engine, listener, settings.log_level, welcome, lambda: reload(application))
+        run(
+            application,
+            engine,
+            listener,
+            settings.log_level,
+            _welcome(settings, engine, address, port),
+            drain,
+            lambda: reload(application),
+            grace_seconds=settings.grace_seconds,
+            read_timeout_seconds=settings.read_timeout_seconds,
+        )
 
 
 def build_engine(settings: Settings) -> "Engine":

@@ -5,6 +5,7 @@ Knows kinds of errors, their status and OpenAI's error shape. Knows no route, no
 RequestError                    the caller's mistake; `param` is the path of what is wrong
 ├── InvalidJSONError            the body is not a JSON object
 ├── RequestTooLargeError        the body has too many bytes
+├── SlowRequestError            the body did not arrive in time
 ├── InvalidValueError           a known field with a value that is not accepted
 ├── UnknownParameterError       a field that no version of the API has
 ├── UnsupportedParameterError   a field of the API that is not supported with this value
@@ -17,9 +18,15 @@ RequestError                    the caller's mistake; `param` is the path of wha
 │   ├── InvalidKeyError         the key is not one of ours, or not sent as one
 │   └── ExpiredKeyError         it was one of ours
 ├── AdminRequiredError          the caller's role is not admin
+├── InvalidMaskError            a mask that cannot be put in force
 ├── ModelNotFoundError          no such model here
 ├── RouteNotFoundError          no such path
 └── MethodNotAllowedError       the path exists, the method does not
+RefusedError                    not now: may be asked again after some seconds
+├── OverloadedError             no place is free
+├── RateLimitError              the caller has used up its minute
+└── ShuttingDownError           the server is on its way out
+DeadlineExceededError           the request's time is over
 ClientDisconnectedError         nobody is left to answer
 SettingsError                   the operator's mistake, at start; a NeuronTuneError
 """
@@ -54,6 +61,10 @@ class InvalidJSONError(RequestError):
 
 class RequestTooLargeError(RequestError):
     """The body has more bytes than this server reads."""
+
+
+class SlowRequestError(RequestError):
+    """The body did not arrive in the time that this server reads for."""
 
 
 class InvalidValueError(RequestError):
@@ -124,6 +135,52 @@ class MethodNotAllowedError(RequestError):
     """The route does not take this method."""
 
 
+class InvalidMaskError(RequestError):
+    """A mask that cannot be put in force; the one in force stays."""
+
+
+class RefusedError(Exception):
+    """A request that may be answered later. Its text is fit for users, `reason` counts it in the metrics.
+
+    `headers` go with the answer: when to come again, and what else the client should know.
+    """
+
+    reason: ClassVar[Literal["overloaded", "rate_limit", "shutting_down"]]
+
+    def __init__(self, message: str, retry_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.param = None
+        self.headers: dict[str, str] = {"retry-after": str(retry_seconds)}
+
+
+class OverloadedError(RefusedError):
+    """No place is free for this request, or too many tokens wait already."""
+
+    reason = "overloaded"
+
+
+class RateLimitError(RefusedError):
+    """The caller has used up its requests or its tokens of this minute."""
+
+    reason = "rate_limit"
+
+    def __init__(
+        self, message: str, retry_seconds: int = 1, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        super().__init__(message, retry_seconds)
+        self.headers |= headers
+
+
+class ShuttingDownError(RefusedError):
+    """The server is on its way out and takes nothing new."""
+
+    reason = "shutting_down"
+
+
+class DeadlineExceededError(Exception):
+    """A request took longer than it may. Its text is fit for users."""
+
+
 class ClientDisconnectedError(Exception):
     """The client went away before its answer was complete. No client ever sees this one."""
 
@@ -137,7 +194,7 @@ class ErrorKind:
     """How a kind of error is answered: HTTP status, and OpenAI's `type` and `code`."""
 
     status: int
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     code: str
 
 
@@ -161,14 +218,20 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         ExpiredKeyError: ErrorKind(401, "invalid_request_error", "expired_api_key"),
         LevelForbiddenError: ErrorKind(403, "invalid_request_error", "safety_level_forbidden"),
         AdminRequiredError: ErrorKind(403, "invalid_request_error", "admin_required"),
+        InvalidMaskError: ErrorKind(400, "invalid_request_error", "invalid_mask"),
         ModelNotFoundError: ErrorKind(404, "invalid_request_error", "model_not_found"),
         RouteNotFoundError: ErrorKind(404, "invalid_request_error", "route_not_found"),
         MethodNotAllowedError: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
+        SlowRequestError: ErrorKind(408, "invalid_request_error", "request_timeout"),
         RequestTooLargeError: ErrorKind(413, "invalid_request_error", "request_too_large"),
+        OverloadedError: ErrorKind(429, "rate_limit_error", "server_overloaded"),
+        RateLimitError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
         ClientDisconnectedError: ErrorKind(499, "invalid_request_error", "client_disconnected"),
         GenerationError: ErrorKind(500, "server_error", "generation_failed"),
         Exception: INTERNAL_ERROR,
         EngineUnavailableError: ErrorKind(503, "server_error", "engine_unavailable"),
+        ShuttingDownError: ErrorKind(503, "server_error", "shutting_down"),
+        DeadlineExceededError: ErrorKind(504, "server_error", "deadline_exceeded"),
     }
 )
 

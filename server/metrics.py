@@ -5,11 +5,13 @@ app. Buckets are vLLM's, so that people find what they know.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modulation.levels import SafetyLevels
@@ -43,9 +45,7 @@ class Metrics:
         running.set_function(lambda: engine.healthy().num_running)
         waiting = Gauge("neurontune_requests_waiting", "Requests that wait for room.", registry=to)
         waiting.set_function(lambda: engine.healthy().num_waiting)
-        info = engine.describe()
-        mask = Gauge("neurontune_mask_info", "The mask in force.", ("digest", "model"), registry=to)
-        mask.labels(info.mask_digest, info.model_id).set(1)
+        to.register(_MaskInfo(engine))
         self.http_requests: Final = Counter(
             "neurontune_http_requests",
             "HTTP requests, by route template and status.",
@@ -66,6 +66,12 @@ class Metrics:
         )
         self.audit_lost: Final = Counter(
             "neurontune_audit_lost", "Lines of the audit log that could not be written.", registry=to
+        )
+        self.refusals: Final = Counter(
+            "neurontune_refusals",
+            "Requests that found no place, no rate or no more time, by reason.",
+            ("reason",),
+            registry=to,
         )
         self.prompt_tokens: Final = Counter(
             "neurontune_prompt_tokens", "Tokens of prompts that were answered.", registry=to
@@ -124,6 +130,19 @@ class Metrics:
                 if output.finish_reason is not None:
                     self.request.observe(now - arrived)
                 yield output
+
+
+class _MaskInfo(Collector):
+    """The mask in force at each scrape: it can be swapped."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        info = self._engine.describe()
+        mask = GaugeMetricFamily("neurontune_mask_info", "The mask in force.", labels=("digest", "model"))
+        mask.add_metric((info.mask_digest, info.model_id), 1)
+        yield mask
 
 
 class CountRequests:

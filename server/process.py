@@ -7,7 +7,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
 from typing import Final
 
@@ -15,10 +15,12 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.connections import reading_heads_within
+from server.draining import Drain
 from server.engines.base import Engine
 from server.errors import SettingsError
 
-GRACE_SECONDS: Final = 2.0
+CTRL_C_SECONDS: Final = 2.0
 BACKSTOP_SECONDS: Final = 5
 
 
@@ -61,38 +63,55 @@ def run(
     listener: socket.socket,
     log_level: str,
     welcome: str,
+    drain: Drain,
     reload: Reload = _nothing,
+    *,
+    grace_seconds: float = 30,
+    read_timeout_seconds: float = 30,
 ) -> None:
     """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
     `reload`, one at a time."""
     config = uvicorn.Config(
-        app, log_level=log_level, timeout_graceful_shutdown=BACKSTOP_SECONDS, server_header=False
+        app,
+        http=reading_heads_within(read_timeout_seconds),
+        log_level=log_level,
+        timeout_graceful_shutdown=BACKSTOP_SECONDS,
+        server_header=False,
     )
-    # uvicorn raises its signal once more when it is done. It has done its work then: leave with 0.
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a loop to reload in
-    _Server(config, engine, welcome, reload).run(sockets=[listener])
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    graces: dict[int, float] = {
+        signal.SIGTERM: grace_seconds,
+        signal.SIGINT: min(grace_seconds, CTRL_C_SECONDS),
+    }
+    _Server(config, engine, welcome, drain, graces, reload).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but running answers end after a grace period with an error that says why."""
+    """uvicorn, but it listens on until running answers have ended or their grace period has.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, welcome: str, reload: Reload) -> None:
+    A signal begins `drain`; a second one ends it. Then answers that still run get an error that says why.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        welcome: str,
+        drain: Drain,
+        graces: Mapping[int, float],
+        reload: Reload,
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._welcome = welcome
+        self._drain = drain
+        self._graces = graces
         self._reload = reload
         self._hung_up = asyncio.Event()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # The end is bounded as it is: a second Ctrl-C need not cut it short and spill tracebacks.
-        if not self.should_exit:
-            super().handle_exit(sig, frame)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        # Nothing here may wait: it runs between any two instructions of the loop.
+        self._drain.begin(0 if self._drain.has_begun else self._graces[sig])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -100,11 +119,8 @@ class _Server(uvicorn.Server):
         self._reloading = asyncio.create_task(self._reload_when_told())
         typer.echo(self._welcome)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._reloading.cancel()
-        closing = asyncio.create_task(self._close_engine())
-        await super().shutdown(sockets)
-        closing.cancel()
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._drain.is_over
 
     async def _reload_when_told(self) -> None:
         while True:
@@ -115,6 +131,7 @@ class _Server(uvicorn.Server):
             except Exception:
                 logging.getLogger(__name__).exception("The reload failed; what was in force stays.")
 
-    async def _close_engine(self) -> None:
-        await asyncio.sleep(GRACE_SECONDS)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._reloading.cancel()
         await self._engine.close()
+        await super().shutdown(sockets)

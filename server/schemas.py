@@ -584,6 +584,12 @@ class TokenizeRequest(_Strict):
         )
 
 
+class MaskRequest(_Strict):
+    """The body of `POST /admin/mask`: a file in the folder that masks are taken from."""
+
+    path: Annotated[Text, Field(min_length=1)]
+
+
 class DetokenizeRequest(_Strict):
     """The body of `POST /detokenize`."""
 

@@ -24,6 +24,7 @@ UNKNOWN_TO_FAKE: Final = frozenset(
 AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
 
 Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _listed(given: Any) -> Any:
@@ -42,6 +43,10 @@ class Settings(BaseSettings):
     model: str = Field(default=DEMO, description="Model to serve: 'demo', a folder, or a name on the hub.")
     mask: Path | None = Field(
         default=None, description="Mask file. Default: the demo model's own; required for any other model."
+    )
+    mask_dir: Path | None = Field(
+        default=None,
+        description="Folder that POST /admin/mask takes masks from. Default: the mask file's own.",
     )
     served_model_name: str = Field(
         default="",
@@ -87,6 +92,23 @@ class Settings(BaseSettings):
         default=None, description="Tokens that the KV cache holds. Default: 16384, on CUDA 65536."
     )
     max_num_seqs: Count = Field(default=64, description="Most requests that run at once; others wait.")
+    max_num_waiting: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Most requests that wait; others get 429. Default: 4 times --max-num-seqs."
+    )
+    max_waiting_tokens: Count = Field(
+        default=65536, description="Most tokens of prompts whose answers have not begun; others get 429."
+    )
+    request_timeout_seconds: Seconds = Field(
+        default=600, description="Longest that a request may take, and no X-Request-Timeout can exceed."
+    )
+    read_timeout_seconds: Seconds = Field(
+        default=30, description="Longest that a request's head, and then its body, may take to arrive."
+    )
+    max_body_bytes: Count = Field(default=4 * 2**20, description="Most bytes of a request's body.")
+    max_messages: Count = Field(default=2048, description="Most messages of a conversation.")
+    grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=30, description="Seconds that running requests have to end after SIGTERM."
+    )
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model. Only for models you trust."

@@ -5,9 +5,12 @@ Knows requests as plain data. Knows no HTTP, no settings, no engine.
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modulation.levels import SafetyLevels, Threshold
+
+if TYPE_CHECKING:
+    from modulation.masks import Mask
 
 FinishReason = Literal["stop", "length"]
 
@@ -130,6 +133,9 @@ class GenerateRequest:
 
     `num_logprobs` asks for the log-probability of every token of the answer and of the so many likeliest
     ones beside it; `num_prompt_logprobs` for the same of every token of the prompt. None: not asked for.
+
+    `mask_digest` names the mask under which the threshold was granted; None: the one in force when the
+    request begins.
     """
 
     prompt: Prompt
@@ -139,6 +145,7 @@ class GenerateRequest:
     grammar: Grammar | None = None
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    mask_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +209,7 @@ class ParsedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves. Constant from start to close.
+    """What an engine serves. Constant between two calls of `use_mask`.
 
     `model_id` names the model, `max_model_len` bounds prompt and answer together, in tokens,
     `mask_digest` is the hexadecimal digest of the mask in force, `details` is for logs and metrics
@@ -237,6 +244,18 @@ class Engine(Protocol):
         """What is served."""
         ...
 
+    async def use_mask(self, mask: "Mask") -> EngineInfo:
+        """Put `mask` in force and say what is served then. The mask in force already: nothing happens.
+
+        Nobody waits and no request fails: those that run end under the mask they began with, and one that
+        was granted under the mask before this one (`GenerateRequest.mask_digest`) still gets it. Nothing
+        that was cached under one mask is ever used under another.
+
+        Raises:
+            MaskError: the mask does not fit the model; the one in force stays.
+        """
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         """Answer one request, output by output.
 
@@ -245,7 +264,8 @@ class Engine(Protocol):
 
         Raises, from `anext`:
             PromptError, PromptTooLongError, GrammarError, UnsupportedByEngineError: before any output.
-            EngineUnavailableError: before any output, or in the middle if the engine dies.
+            EngineUnavailableError: before any output, also when its mask has been replaced more than once
+                since its level was granted; or in the middle if the engine dies.
             GenerationError: in the middle.
         """
         ...

@@ -1,11 +1,11 @@
 """transformers' batching manager with a level for every request: sampling, and a cache per level.
 
-Knows the manager's paged cache and how it names blocks. Knows nothing of masks; a threshold arrives
-as two numbers in the request id, which survives everything the scheduler does to a request. A third
+Knows the manager's paged cache and how it names blocks. Knows nothing of masks but a number; it and the
+threshold's two arrive in the request id, which survives everything the scheduler does to a request. A fourth
 number there belongs to a request that must compute its whole prompt itself, and is its alone.
 
-The KV cache belongs to a level: a prefix computed under one threshold is wrong under another, so
-prefixes are shared within a threshold and never across.
+The KV cache belongs to a level of a mask: a prefix computed under one threshold is wrong under another, so
+prefixes are shared within a threshold and a mask, and never across.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,10 +26,10 @@ from modulation.levels import Threshold
 from server.engines.sampling import RequestProcessors
 
 
-def request_id(number: int, threshold: Threshold, *, shares_prefixes: bool = True) -> str:
-    """The id under which the manager knows a request: its number, its threshold, and whose prefixes it
-    may share: those of its threshold, or nobody's."""
-    shared = f"request-{number}|{threshold.num_safety}|{threshold.num_utility}"
+def request_id(number: int, threshold: Threshold, mask: int, *, shares_prefixes: bool = True) -> str:
+    """The id under which the manager knows a request: its number, its threshold, its mask's number, and
+    whose prefixes it may share: those of its threshold under its mask, or nobody's."""
+    shared = f"request-{number}|{threshold.num_safety}|{threshold.num_utility}|{mask}"
     return shared if shares_prefixes else f"{shared}|{number}"
 
 
@@ -57,7 +57,7 @@ class _SaltedTokens(list[int]):
 
 
 class LevelCache(PagedAttentionCache):
-    """A paged cache whose blocks are found again only by requests at the same threshold."""
+    """A paged cache whose blocks are found again only by requests at the same threshold of the same mask."""
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """As the base class does, among the blocks of this request's threshold."""

@@ -1,7 +1,7 @@
 """An engine without a model: deterministic answers for tests, and for trying the server out.
 
-Knows the engine contract and arithmetic on hashes. Knows no torch, no model, no mask: what it says
-depends on the request and its threshold, and means nothing.
+Knows the engine contract and arithmetic on hashes. Knows no torch, no model, and of masks their digests:
+what it says depends on the request, its threshold and its mask, and means nothing.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import secrets
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, SafetyLevels, Threshold
 from server.engines.base import (
@@ -33,6 +33,10 @@ from server.engines.base import (
     TokenLogprob,
     UnsupportedByEngineError,
 )
+from server.engines.in_force import InForce
+
+if TYPE_CHECKING:
+    from modulation.masks import Mask
 
 BeforeToken = Callable[[GenerateRequest, int], Awaitable[None]]
 
@@ -60,6 +64,10 @@ MIN_WORDS: Final = 24
 MAX_WORDS: Final = 48
 
 
+def fits(_mask: "Mask") -> None:
+    """Any mask will do."""
+
+
 async def at_once(_request: GenerateRequest, _index: int) -> None:
     """No delay, but let others run."""
     await asyncio.sleep(0)
@@ -69,8 +77,9 @@ class FakeEngine:
     """The engine contract without a model.
 
     `before_token` is awaited before each token with the request and the token's index: waiting there
-    makes the engine slow, raising there makes that request fail. `max_num_seqs` requests run at once,
-    the others wait. `num_aborted` counts the requests that were closed before their last output.
+    makes the engine slow, raising there makes that request fail. `check_mask` is called with every mask
+    that is to be put in force; raising there refuses it. `max_num_seqs` requests run at once, the others
+    wait. `num_aborted` counts the requests that were closed before their last output.
     """
 
     def __init__(
@@ -80,15 +89,18 @@ class FakeEngine:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         before_token: BeforeToken = at_once,
+        check_mask: Callable[["Mask"], None] = fits,
     ) -> None:
-        self._info: Final = EngineInfo(
+        first = EngineInfo(
             model_id=model_id,
             max_model_len=max_model_len or MAX_MODEL_LEN,
             levels=LEVELS,
             mask_digest=MASK_DIGEST,
             details={"engine": "fake: no model, no mask, answers without meaning"},
         )
+        self._in_force: Final = InForce(first.mask_digest, first)
         self._before_token: Final = before_token
+        self._check_mask: Final = check_mask
         self._room: Final = asyncio.Semaphore(max_num_seqs)
         self._closed: Final = asyncio.Event()
         self._unready_reason = ""
@@ -97,7 +109,16 @@ class FakeEngine:
         self.num_aborted = 0
 
     def describe(self) -> EngineInfo:
-        return self._info
+        return self._in_force.current.value
+
+    async def use_mask(self, mask: "Mask") -> EngineInfo:
+        self._check_mask(mask)
+        if self._in_force.find(mask.digest) is None:
+            info = replace(self.describe(), levels=mask.levels, mask_digest=mask.digest)
+            self._in_force.put(mask.digest, info)
+        else:
+            self._in_force.put_back(mask.digest)
+        return self.describe()
 
     def healthy(self) -> EngineHealth:
         reason = "The engine is closed." if self._closed.is_set() else self._unready_reason
@@ -136,29 +157,30 @@ class FakeEngine:
             raise EngineUnavailableError(health.reason)
         num_prompt = self._checked_length(request)
         finished = False
-        try:
-            await self._take_room()
+        with self._in_force.held(request.mask_digest) as known:
             try:
-                for index, output in enumerate(_outputs(request, num_prompt, self._info)):
-                    await self._unless_closed(self._before_token(request, index))
-                    finished = output.finish_reason is not None
-                    yield output
-            finally:
-                self._num_running -= 1
-                self._room.release()
-        except (GeneratorExit, asyncio.CancelledError):
-            self.num_aborted += not finished
-            raise
+                await self._take_room()
+                try:
+                    for index, output in enumerate(_outputs(request, num_prompt, known.value)):
+                        await self._unless_closed(self._before_token(request, index))
+                        finished = output.finish_reason is not None
+                        yield output
+                finally:
+                    self._num_running -= 1
+                    self._room.release()
+            except (GeneratorExit, asyncio.CancelledError):
+                self.num_aborted += not finished
+                raise
 
     def _checked_length(self, request: GenerateRequest) -> int:
         num_tokens = len(_prompt_tokens(request.prompt))
         if request.grammar is not None:
             raise UnsupportedByEngineError("The fake engine follows no grammar.", "response_format")
         wanted = 1 if request.max_tokens is None else request.max_tokens
-        if num_tokens + wanted > self._info.max_model_len:
+        if num_tokens + wanted > self.describe().max_model_len:
             raise PromptTooLongError(
                 f"This prompt has {num_tokens} tokens; with {wanted} to be generated "
-                f"that is {num_tokens + wanted}, and the context holds {self._info.max_model_len}."
+                f"that is {num_tokens + wanted}, and the context holds {self.describe().max_model_len}."
             )
         return num_tokens
 
@@ -233,7 +255,7 @@ def _outputs(request: GenerateRequest, num_prompt: int, info: EngineInfo) -> Ite
     if not limit:
         yield Output("", (), "length", num_prompt, 0, prompt_logprobs=scored)
         return
-    for count, token in enumerate(_tokens(request), start=1):
+    for count, token in enumerate(_tokens(request, info.mask_digest), start=1):
         finish_reason: FinishReason | None = None
         if token == END_TOKEN:
             finish_reason = "stop"
@@ -264,13 +286,13 @@ def _candidate(token: int, rank: int) -> Candidate:
     return Candidate(token, text, text.encode(), -(rank + 1) * math.log(2))
 
 
-def _tokens(request: GenerateRequest) -> Iterator[int]:
+def _tokens(request: GenerateRequest, mask_digest: str) -> Iterator[int]:
     sampling = request.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(63))
     elif sampling.temperature == 0:
         sampling = replace(sampling, temperature=0.0, seed=None, top_k=0, top_p=1.0, min_p=0.0)
-    numbers = random.Random(repr((request.prompt, request.threshold, sampling)))
+    numbers = random.Random(repr((request.prompt, request.threshold, sampling, mask_digest)))
     yield from GREETING
     for _ in range(numbers.randint(MIN_WORDS, MAX_WORDS)):
         yield from numbers.choice(SPELLINGS)

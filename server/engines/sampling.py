@@ -41,7 +41,8 @@ class RowArguments:
     """What one request brings to every step, in the form that the processors read.
 
     `temperature` is 1.0 for a greedy request, whose `noise` is 0.0; `top_k` is the size of the
-    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned. `row` is what else it needs.
+    vocabulary where nothing is to be cut; `seed` is 64 bits, unsigned. `row` is what else it needs. `mask`
+    is what it runs under; nothing here looks into it.
     """
 
     num_safety: int
@@ -52,6 +53,7 @@ class RowArguments:
     top_p: float
     seed: int
     row: Row
+    mask: Any = None
 
     def as_keywords(self) -> dict[str, Any]:
         """The `logit_processor_kwargs` of the manager's `add_request`."""
@@ -151,6 +153,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self._needed = [True] * (len(self._warpers) + 1)
         # Of the step that runs: whose prompt is scored, from which place on, at which of the step's tokens.
         self.scored: list[tuple[Row, int, range]] = []
+        self._step: list[FutureRequestState] = []
         self._special: list[tuple[int, Row]] = []
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
         self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
@@ -172,6 +175,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             values = [_keywords(each)[name] for each in requests_in_batch]
             arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
+        self._step = requests_in_batch
         self.scored = []
         first = 0
         for request in requests_in_batch:
@@ -216,6 +220,10 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         for place, row in self._special:
             row.chosen(int(scores[place].argmax()))
         return scores
+
+    def masks(self) -> list[Any]:
+        """Under which mask each request of this step runs."""
+        return [_keywords(request)["mask"] for request in self._step]
 
     def _by_row(self, scores: Tensor, change: Callable[[Row, Tensor], Tensor]) -> Tensor:
         if not self._special:

@@ -4,8 +4,8 @@ Knows the model, its mask and the batching manager. Knows nothing of HTTP or set
 
 Each step, the manager packs the tokens of all running requests into one row. The arguments of each
 request, its threshold among them, ride in static storage that the model's forward receives
-(`sampling`); a pre-hook on the model expands thresholds to tokens, and the modulator's pre-hooks on
-the sites apply them.
+(`sampling`); a pre-hook on the model expands thresholds to tokens, and the modulators' pre-hooks on
+the sites apply them (`masks`).
 """
 
 import asyncio
@@ -13,7 +13,8 @@ import itertools
 import logging
 import secrets
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,6 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from modulation.errors import ModelError
 from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
-from modulation.modulator import Modulator
 from modulation.recorded import refuse_less_safe
 from server.engines.base import (
     Candidate,
@@ -47,6 +47,7 @@ from server.engines.base import (
 )
 from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
+from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
@@ -101,7 +102,7 @@ class TransformersEngine:
             kv_cache_tokens=kv_cache_tokens,
             page_size=_PAGE_SIZE,
         )
-        self._modulator = Modulator(self._model, loaded_mask)
+        self._masks = Masks(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary)
@@ -140,7 +141,7 @@ class TransformersEngine:
         )
         generation = generation_config(ends)
         with ExitStack() as stack:
-            stack.enter_context(self._modulator)
+            stack.enter_context(self._masks)
             hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(self._model.register_forward_hook(self._take_scored).remove)
@@ -159,6 +160,11 @@ class TransformersEngine:
             self._hooks = stack.pop_all()
 
     def describe(self) -> EngineInfo:
+        return self._info
+
+    async def use_mask(self, mask: Mask) -> EngineInfo:
+        await self._masks.use(mask)
+        self._info = replace(self._info, levels=mask.levels, mask_digest=mask.digest)
         return self._info
 
     def healthy(self) -> EngineHealth:
@@ -193,14 +199,43 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
-        # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-        prompt, limit, row = await asyncio.to_thread(self._prepared, request)
-        self._refuse_if_not_ready()
+        with self._masks.held(request.mask_digest) as mask:
+            # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
+            prompt, limit, row = await asyncio.to_thread(self._prepared, request)
+            self._refuse_if_not_ready()
+            shares = row.num_prompt_logprobs is None
+            name = request_id(next(self._numbers), request.threshold, mask.number, shares_prefixes=shares)
+            arguments = self._arguments(request, row, mask.value)
+            text, seen = self._text.stream(request.prompt), 0
+            async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:
+                async for step in steps:
+                    if not limit:
+                        yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                        return
+                    tokens = tuple(step.generated_tokens[seen:])
+                    known = self._known(row, seen, len(tokens))
+                    seen += len(tokens)
+                    finish = self._finish_reason(step)
+                    yield Output(
+                        text=text.push(tokens) + (text.finish() if finish else ""),
+                        token_ids=tokens,
+                        finish_reason=finish,
+                        num_prompt_tokens=len(prompt),
+                        num_completion_tokens=seen,
+                        **known,
+                    )
+
+    async def _steps(
+        self, name: str, prompt: list[int], limit: int, arguments: RowArguments
+    ) -> AsyncGenerator[GenerationOutput, None]:
+        """What the manager says of a request after each of its steps, up to the last one.
+
+        Raises:
+            EngineUnavailableError: the manager has ended.
+            GenerationError: the request cannot go on.
+        """
         self._loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        name = request_id(
-            next(self._numbers), request.threshold, shares_prefixes=row.num_prompt_logprobs is None
-        )
         self._open[name] = outputs
         try:
             self._manager.register_result_handler(name, outputs.put_nowait)
@@ -209,33 +244,18 @@ class TransformersEngine:
                 request_id=name,
                 max_new_tokens=max(1, limit),
                 streaming=True,
-                **self._arguments(request, row).as_keywords(),
+                **arguments.as_keywords(),
             )
             if added is None or not self._manager.is_running():
                 raise self._unavailable()
-            text, seen = self._text.stream(request.prompt), 0
             while True:
                 step = await outputs.get()
                 if step is None or step.error is not None:
                     raise self._unavailable(step.error if step else None)
-                if row.error is not None:
-                    raise GenerationError(f"This answer could not go on: {row.error}.")
-                if not limit:
-                    yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
-                    return
-                tokens = tuple(step.generated_tokens[seen:])
-                known = self._known(row, seen, len(tokens))
-                seen += len(tokens)
-                finish = self._finish_reason(step)
-                yield Output(
-                    text=text.push(tokens) + (text.finish() if finish else ""),
-                    token_ids=tokens,
-                    finish_reason=finish,
-                    num_prompt_tokens=len(prompt),
-                    num_completion_tokens=seen,
-                    **known,
-                )
-                if finish:
+                if arguments.row.error is not None:
+                    raise GenerationError(f"This answer could not go on: {arguments.row.error}.")
+                yield step
+                if step.is_finished():
                     return
         finally:
             del self._open[name]
@@ -299,14 +319,15 @@ class TransformersEngine:
         Raises:
             ModelError: the model's code cannot run in continuous batching.
         """
+        mask = self._masks.current
         for number, level in enumerate(self._info.levels):
             prompt = (0,) * (number + 2)
             request = GenerateRequest(prompt, level.threshold, Sampling(temperature=number % 2))
             self._manager.add_request(
                 list(prompt),
-                request_id=request_id(next(self._numbers), level.threshold),
+                request_id=request_id(next(self._numbers), level.threshold, mask.number),
                 max_new_tokens=2,
-                **self._arguments(request, Row(prompt, request.sampling)).as_keywords(),
+                **self._arguments(request, Row(prompt, request.sampling), mask.value).as_keywords(),
             )
         for _ in self._info.levels:
             output = self._manager.get_result(timeout=_PROBE_TIMEOUT_SECONDS)
@@ -329,7 +350,7 @@ class TransformersEngine:
         tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
         # A padding token lies beyond the last end; it takes the last request's threshold.
         owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
-        self._modulator.set_thresholds(per_request[owner])
+        self._masks.before_step(per_request, owner, self._manager.processors.masks())
         self._scored = [
             (row, place, torch.arange(tokens.start, tokens.stop, dtype=ends.dtype, device=ends.device))
             for row, place, tokens in self._manager.processors.scored
@@ -369,7 +390,7 @@ class TransformersEngine:
             )
         return room if max_tokens is None else max_tokens
 
-    def _arguments(self, request: GenerateRequest, row: Row) -> RowArguments:
+    def _arguments(self, request: GenerateRequest, row: Row, mask: RequestMask) -> RowArguments:
         sampling = request.sampling
         greedy = sampling.temperature < _GREEDY_BELOW
         if greedy:
@@ -384,6 +405,7 @@ class TransformersEngine:
             top_p=sampling.top_p,
             seed=seed & (1 << 64) - 1,
             row=row,
+            mask=mask,
         )
 
     def _finish_reason(self, step: GenerationOutput) -> FinishReason | None:

@@ -4,9 +4,9 @@ Knows the order of things. Knows no engine but its protocol, and no kind of answ
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import Request
@@ -14,17 +14,20 @@ from starlette.responses import Response
 
 from modulation.levels import SafetyLevel
 from server.access import AskedLevel, admitted_names, grant, may_use_model
+from server.admission import estimated_tokens
 from server.answers import Answers
 from server.audit import entry_of
+from server.body import Bounds
 from server.callers import Caller, caller_of
 from server.choices import merged
-from server.engines.base import Engine, EngineInfo, GenerateRequest
+from server.engines.base import Engine, EngineInfo, GenerateRequest, Output
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
 from server.metrics import Metrics
 from server.request_ids import REQUEST_ID_HEADER
 from server.schemas import AnswerRequest
 from server.stops import until_stop
 from server.streaming import EventStream, unless_disconnected
+from server.visits import Gate, visit_of
 
 LEVEL_HEADER: Final = "X-Safety-Level"
 NEURONS_HEADER: Final = "X-Safety-Neurons"
@@ -42,13 +45,17 @@ class Asking:
     metrics: Metrics
     model: str
     default: SafetyLevel
+    gate: Gate
+    bounds: Bounds
 
     def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
         asked, entry = _asked_levels(request, body, self.model, info), entry_of(request.scope)
         entry.asked([one.value for one in asked])
         try:
-            granted = grant(info.levels, asked, self.default, caller_of(request.scope))
+            # Read anew: another mask may have another threshold under the same name.
+            default = info.levels.parse(self.default.name)
+            granted = grant(info.levels, asked, default, caller_of(request.scope))
         except LevelDeniedError as error:
             self.metrics.denied(error)
             raise
@@ -63,13 +70,16 @@ class Asking:
         wanted: Sequence[GenerateRequest],
         answers: Answers,
         level: SafetyLevel,
+        info: EngineInfo,
         arrived: float,
     ) -> Response:
-        """Generate what is wanted and answer with it, whole or as a stream. `arrived` is of
-        `time.perf_counter`."""
-        headers = _level_headers(level, self.engine.describe())
+        """Generate what is wanted and answer with it, whole or as a stream. `info` is what the level was
+        granted with; `arrived` is of `time.perf_counter`."""
+        headers = _level_headers(level, info)
+        # The mask may be swapped meanwhile; a threshold means what it means under its own.
+        wanted = [replace(each, mask_digest=info.mask_digest) for each in wanted]
         outputs = entry_of(request.scope).observed(
-            merged([self._outputs(each, body.stop or (), arrived) for each in wanted]),
+            merged(await self._admitted(request, body, wanted, arrived)),
             [each.prompt for each in wanted[:: body.num_choices]],
             body.num_choices,
         )
@@ -79,6 +89,22 @@ class Asking:
         async with aclosing(outputs):
             whole = await unless_disconnected(request.receive, answers.whole(outputs))
         return Response(whole, headers=headers, media_type="application/json")
+
+    async def _admitted(
+        self, request: Request, body: AnswerRequest, wanted: Sequence[GenerateRequest], arrived: float
+    ) -> list[AsyncGenerator[Output, None]]:
+        """What is wanted, once there is a place for all of it."""
+        visit, longest = visit_of(request.scope), self.engine.describe().max_model_len
+        num_tokens = [estimated_tokens(each.prompt, longest) for each in wanted]
+        await visit.take(num_tokens, body.num_choices)
+        return [
+            visit.counted(
+                self._outputs(each, body.stop or (), arrived),
+                num_tokens[number],
+                is_charged_prompt=number % body.num_choices == 0,
+            )
+            for number, each in enumerate(wanted)
+        ]
 
     def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float) -> Any:
         outputs = self.engine.generate(request)

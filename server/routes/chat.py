@@ -9,6 +9,7 @@ from starlette.responses import Response
 from server.answers import ChatAnswers, Tools
 from server.body import parse_fields, read_object
 from server.engines.base import Engine, Grammar
+from server.routes.admitting import admitting
 from server.routes.asking import Asking, clock, fingerprint, refuse_query
 from server.routes.openapi import answering
 from server.schemas import ChatCompletionRequest, NamedTool
@@ -16,14 +17,14 @@ from server.schemas import ChatCompletionRequest, NamedTool
 
 def chat_router(asking: Asking) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = APIRouter(route_class=admitting(asking.gate))
 
     @router.post("/v1/chat/completions", **answering(ChatCompletionRequest, "ChatCompletion"))
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation at the safety level that the request asks for."""
         arrived = clock()
         refuse_query(request)
-        body = parse_fields(ChatCompletionRequest, await read_object(request))
+        body = parse_fields(ChatCompletionRequest, await read_object(request, asking.bounds))
         info = asking.engine.describe()
         level = asking.granted(request, body, info)
         wanted = body.to_engine(level.threshold, _tool_grammar(asking.engine, body))
@@ -34,7 +35,7 @@ def chat_router(asking: Asking) -> APIRouter:
             logprobs=bool(body.logprobs),
             tools=_tools(asking.engine, body),
         )
-        return await asking.answer(request, body, wanted, answers, level, arrived)
+        return await asking.answer(request, body, wanted, answers, level, info, arrived)
 
     return router
 

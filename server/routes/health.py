@@ -7,12 +7,13 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from server.draining import Drain
 from server.engines.base import Engine, EngineUnavailableError
 from server.metrics import Metrics
 from server.routes.openapi import TEXT, failing, telling
 
 
-def health_router(engine: Engine, metrics: Metrics) -> APIRouter:
+def health_router(engine: Engine, metrics: Metrics, drain: Drain) -> APIRouter:
     """The three routes."""
     router = APIRouter()
 
@@ -23,7 +24,8 @@ def health_router(engine: Engine, metrics: Metrics) -> APIRouter:
 
     @router.get("/ready", responses=telling(503, status=TEXT))
     async def ready() -> dict[str, str]:
-        """Whether requests can be answered now. If not, 503 and the engine's reason."""
+        """Whether requests can be answered now. If not, 503 and why: the engine's reason, or the end."""
+        drain.refuse()
         state = engine.healthy()
         if not state.ready:
             raise EngineUnavailableError(state.reason)

@@ -37,6 +37,13 @@ _LEVEL: Final = {
     "schema": {"type": "string"},
     "description": "A safety level's name, or a whole number of safety neurons.",
 }
+_TIMEOUT: Final = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+    "description": "Seconds that the request may take, waiting included; the server has a limit of its own.",
+}
 _APPLIED: Final = {
     "X-Safety-Level": "The level that was applied: its name, or the number.",
     "X-Safety-Neurons": "How many safety and utility neurons were active, with a comma between.",
@@ -62,14 +69,17 @@ def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completi
         "content": content,
     }
     return {
-        "openapi_extra": _body(body) | {"parameters": [_LEVEL]},
-        "responses": {200: answered, **failing(400, 401, 403, 404, 413, 500, 503)},
+        "openapi_extra": _body(body) | {"parameters": [_LEVEL, _TIMEOUT]},
+        "responses": {200: answered, **failing(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
     }
 
 
 def reading(body: type[BaseModel], **properties: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a route that reads a body and generates nothing: it answers with these properties."""
-    return {"openapi_extra": _body(body), "responses": telling(400, 401, 404, 413, **properties)}
+    return {
+        "openapi_extra": _body(body),
+        "responses": telling(400, 401, 404, 408, 413, 429, 503, 504, **properties),
+    }
 
 
 def telling(*statuses: int, **properties: dict[str, Any]) -> dict[int | str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 
 from server.body import parse_fields, read_object
 from server.callers import caller_of
+from server.routes.admitting import admitting
 from server.routes.asking import Asking, refuse_other_model, refuse_query
 from server.routes.openapi import COUNT, COUNTS, TEXT, TEXTS, reading
 from server.schemas import DetokenizeRequest, TokenizeRequest
@@ -16,7 +17,7 @@ from server.schemas import DetokenizeRequest, TokenizeRequest
 
 def tokens_router(asking: Asking) -> APIRouter:
     """The routes."""
-    router, engine = APIRouter(), asking.engine
+    router, engine = APIRouter(route_class=admitting(asking.gate)), asking.engine
 
     tokenized = {"count": COUNT, "max_model_len": COUNT, "tokens": COUNTS, "token_strs": TEXTS}
 
@@ -24,7 +25,7 @@ def tokens_router(asking: Asking) -> APIRouter:
     async def tokenize(request: Request) -> dict[str, Any]:
         """The tokens of a prompt or of a conversation, as an answer would be generated from them."""
         refuse_query(request)
-        body = parse_fields(TokenizeRequest, await read_object(request))
+        body = parse_fields(TokenizeRequest, await read_object(request, asking.bounds))
         info = engine.describe()
         refuse_other_model(body.model, asking.model, info, caller_of(request.scope))
         tokens = await engine.encode(body.to_engine())
@@ -40,7 +41,7 @@ def tokens_router(asking: Asking) -> APIRouter:
     async def detokenize(request: Request) -> dict[str, str]:
         """The text of tokens, control tokens included."""
         refuse_query(request)
-        body = parse_fields(DetokenizeRequest, await read_object(request))
+        body = parse_fields(DetokenizeRequest, await read_object(request, asking.bounds))
         refuse_other_model(body.model, asking.model, engine.describe(), caller_of(request.scope))
         return {"prompt": await engine.decode(tuple(body.tokens))}
 

@@ -1,7 +1,8 @@
 """The tests that every engine passes, whatever it generates with.
 
-A subclass named `Test...` gives two fixtures, `engine` (which no test closes; it may be shared) and
-`closable_engine` (a test's own), and sets the parameters below where the defaults do not suit it.
+A subclass named `Test...` gives two fixtures, `engine` (which no test closes or gives another mask; it may be
+shared) and `closable_engine` (a test's own), masks that fit its engines and one that does not, and sets the
+parameters below where the defaults do not suit it.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ from typing import ClassVar
 
 import pytest
 
-from modulation.levels import ZERO, Threshold
+from modulation.errors import MaskError
+from modulation.levels import SECURITY_CRITICAL, ZERO, Threshold
+from modulation.masks import Mask
 from server.engines.base import (
     Chat,
     Engine,
@@ -79,6 +82,19 @@ class EngineContract:
         """The first output of a request, which is then left."""
         async with aclosing(engine.generate(self.ask(text))) as outputs:
             return await anext(outputs)
+
+    def masks(self) -> list[Mask]:
+        """Three masks that fit the engine, the one that it starts with first where that one is a file."""
+        raise NotImplementedError
+
+    def misfit(self) -> Mask:
+        """A mask that was made for another model."""
+        raise NotImplementedError
+
+    def under_masks(self, engine: Engine) -> GenerateRequest:
+        """A request that is answered differently under different masks."""
+        level = engine.describe().levels.parse(SECURITY_CRITICAL)
+        return self.ask(self.prompts[0], level.threshold, Sampling(temperature=1.0, seed=3))
 
     pytestmark = pytest.mark.anyio
 
@@ -217,6 +233,57 @@ class EngineContract:
         beside = asyncio.create_task(collect(engine.generate(self.ask(self.prompts[1]))))
         await left.aclose()
         assert tokens(await beside) == alone
+
+    async def test_a_swap_waits_for_nobody_and_what_runs_ends_under_the_mask_it_began_with(
+        self, closable_engine: Engine
+    ) -> None:
+        engine, request = closable_engine, self.under_masks(closable_engine)
+        first, second = engine.describe(), self.masks()[1]
+        under_first = tokens(await collect(engine.generate(request)))
+        running = engine.generate(request)
+        begun = await anext(running)
+        info = await engine.use_mask(second)
+        assert info == engine.describe() and info.mask_digest == second.digest != first.mask_digest
+        assert info.levels == second.levels and info.model_id == first.model_id
+        under_second, rest = await asyncio.gather(
+            collect(engine.generate(replace(request, mask_digest=second.digest))), collect(running)
+        )
+        assert begun.token_ids + tokens(rest) == under_first
+        assert tokens(under_second) != under_first
+        assert tokens(await collect(engine.generate(request))) == tokens(under_second)
+        assert engine.healthy().ready and is_idle(engine)
+
+    async def test_a_request_granted_under_the_mask_before_still_gets_it(
+        self, closable_engine: Engine
+    ) -> None:
+        engine, request = closable_engine, self.under_masks(closable_engine)
+        granted = replace(request, mask_digest=engine.describe().mask_digest)
+        before = tokens(await collect(engine.generate(request)))
+        _, second, third = self.masks()
+        await engine.use_mask(second)
+        assert tokens(await collect(engine.generate(granted))) == before
+        running = engine.generate(granted)
+        begun = await anext(running)
+        await engine.use_mask(third)
+        assert begun.token_ids + tokens(await collect(running)) == before
+        with pytest.raises(EngineUnavailableError, match=third.digest):
+            await collect(engine.generate(granted))
+        assert await collect(engine.generate(replace(request, mask_digest=second.digest)))
+
+    async def test_a_mask_that_does_not_fit_is_refused_and_changes_nothing(
+        self, closable_engine: Engine
+    ) -> None:
+        engine, request = closable_engine, self.under_masks(closable_engine)
+        info, before = engine.describe(), tokens(await collect(engine.generate(request)))
+        with pytest.raises(MaskError):
+            await engine.use_mask(self.misfit())
+        assert engine.describe() == info
+        assert tokens(await collect(engine.generate(request))) == before
+
+    async def test_the_mask_in_force_again_is_no_swap(self, closable_engine: Engine) -> None:
+        second = self.masks()[1]
+        info = await closable_engine.use_mask(second)
+        assert await closable_engine.use_mask(second) == info == closable_engine.describe()
 
     async def test_close_ends_what_runs_and_refuses_what_comes(self, closable_engine: Engine) -> None:
         running = closable_engine.generate(self.long_answer)

@@ -6,19 +6,34 @@ import sys
 
 import pytest
 
+from modulation.errors import MaskMismatchError
+from modulation.masks import Mask
 from server.engines.base import EngineUnavailableError, GenerateRequest, GenerationError
 from server.engines.fake import FakeEngine, num_prompt_tokens
 from tests.engines.contract import EngineContract, collect, is_idle, tokens, until
+from tests.tiny_models import random_mask, tiny_model
+
+
+def refuse_others(mask: Mask) -> None:
+    """Only masks for the model called "tiny" fit."""
+    if mask.metadata.model_id != "tiny":
+        raise MaskMismatchError(f"This mask is for {mask.metadata.model_id}.")
 
 
 class TestFakeEngine(EngineContract):
+    def masks(self) -> list[Mask]:
+        return [random_mask(tiny_model(), seed) for seed in range(3)]
+
+    def misfit(self) -> Mask:
+        return random_mask(tiny_model(), model_id="another")
+
     @pytest.fixture
     def engine(self) -> FakeEngine:
         return FakeEngine()
 
     @pytest.fixture
     def closable_engine(self) -> FakeEngine:
-        return FakeEngine()
+        return FakeEngine(check_mask=refuse_others)
 
     async def test_levels_and_seeds_change_the_answer(self, engine: FakeEngine) -> None:
         answers = [

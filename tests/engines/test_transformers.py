@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.errors import MaskMismatchError, ModelError
 from modulation.levels import ZERO, Threshold
-from modulation.masks import Mask
+from modulation.masks import Mask, NeuronSet
 from modulation.modulator import Modulator
 from server.engines.base import Chat, EngineUnavailableError, GenerateRequest, Message, PromptError, Sampling
 from server.engines.transformers import TransformersEngine
@@ -47,6 +48,12 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[TransformersEn
         yield engine
     finally:
         await engine.close()
+
+
+def scaled(mask: Mask, by: float) -> Mask:
+    """The same mask with other factors."""
+    safety = NeuronSet(mask.safety.neurons, mask.safety.factors * np.float32(by))
+    return replace(mask, safety=safety)
 
 
 def ask(
@@ -110,6 +117,55 @@ async def test_prefixes_are_shared_within_a_level_and_never_across(folder: Path)
             await collect(engine.generate(request))
     assert found[0] == found[2] == found[3] == 0
     assert found[1] >= 600 and found[4] >= 600
+
+
+async def test_prefixes_never_cross_masks(folder: Path) -> None:
+    request = replace(ask("hello", Threshold(6, 3)), prompt=Chat((LONG_SYSTEM, Message("user", "hello"))))
+    first = Mask.load(folder / "mask.safetensors")
+    cached = []
+    async with serving(folder) as engine:
+        for mask in (first, scaled(first, 1.5), first, scaled(first, 0.5), scaled(first, 1.5), first):
+            await engine.use_mask(mask)
+            cached.append((await collect(engine.generate(request)))[-1].num_cached_tokens)
+    # Each mask anew; the first and the second once more while still known; the first forgotten by the end.
+    assert [bool(number) for number in cached] == [False, False, True, False, False, False]
+
+
+async def test_swaps_under_load_fail_no_request_and_mix_no_masks(folder: Path) -> None:
+    """24 clients at six levels, and the mask swapped after every few of their tokens."""
+    first = Mask.load(folder / "mask.safetensors")
+    pair = (first, scaled(first, 1.7))
+    requests = [ask(f"question {i}" + "!" * (i * 9), THRESHOLDS[i % 6], max_tokens=40) for i in range(24)]
+    answers: list[tuple[tuple[int, str], tuple[int, ...]]] = []
+    async with serving(folder) as engine:
+
+        async def answered(number: int, digest: str) -> tuple[int, ...]:
+            return tokens(await collect(engine.generate(replace(requests[number], mask_digest=digest))))
+
+        async def client(number: int) -> None:
+            for _ in range(4):
+                digest = engine.describe().mask_digest
+                await asyncio.sleep(0)
+                answers.append(((number, digest), await answered(number, digest)))
+
+        clients = asyncio.gather(*map(client, range(24)))
+        num_swaps, both = 0, 0
+        while not clients.done():
+            await engine.use_mask(pair[(num_swaps + 1) % 2])
+            num_swaps += 1
+            await asyncio.sleep(0.02)
+            both += len(engine._masks._hooked) == 2
+        await clients
+        assert num_swaps > 10 and both, (num_swaps, both)
+        alone = {}
+        for mask in pair:
+            await engine.use_mask(mask)
+            for number in range(24):
+                alone[number, mask.digest] = await answered(number, mask.digest)
+        assert len(engine._masks._hooked) == 1
+    assert len(set(alone.values())) > 36, "masks must make a difference for this test to"
+    assert len({digest for (_, digest), _ in answers}) == 2
+    assert all(answer == alone[granted] for granted, answer in answers)
 
 
 async def test_prefix_sharing_can_be_switched_off(folder: Path) -> None:
@@ -194,7 +250,8 @@ async def test_what_nobody_waits_for_is_cancelled_again_and_not_kept(folder: Pat
     async with serving(folder) as engine:
         manager = engine._manager
         request = ask("nobody listens", max_tokens=1500)
-        arguments = engine._arguments(request, engine._row(request, [1])).as_keywords()
+        mask = engine._masks.current.value
+        arguments = engine._arguments(request, engine._row(request, [1]), mask).as_keywords()
         manager.add_request([5, 6, 7], "lost|0|0", max_new_tokens=1500, streaming=True, **arguments)
         await until(lambda: is_idle(engine))
         assert manager.output_router.output_queue.empty()
@@ -268,7 +325,7 @@ async def test_when_the_loop_dies_requests_end_with_an_error_and_the_engine_says
 
 async def test_a_step_without_thresholds_is_refused_not_served_unmodulated(folder: Path) -> None:
     async with serving(folder) as engine:
-        engine._modulator.set_thresholds = lambda _thresholds: None
+        engine._masks.current.value.modulator.set_thresholds = lambda _thresholds: None
         with pytest.raises(EngineUnavailableError, match="unmodulated"):
             await collect(engine.generate(ask("hello")))
 
@@ -356,6 +413,13 @@ class TestTransformersEngine(EngineContract):
 
     prompts = ("How do I bake bread?", "How can I fix a flat tire?", "Who are you?")
     num_sure_tokens = 8
+
+    def masks(self) -> list[Mask]:
+        shipped = Mask.load(MASK_FILE)
+        return [shipped, scaled(shipped, 12), scaled(shipped, 0)]
+
+    def misfit(self) -> Mask:
+        return random_mask(tiny_model())
 
     @pytest.fixture(scope="class")
     @classmethod

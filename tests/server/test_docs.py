@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.body import MAX_BODY_BYTES
+from server.body import Bounds
 from server.engines.fake import FakeEngine
 from server.errors import ERRORS
 from server.metrics import Metrics
-from server.process import GRACE_SECONDS
+from server.process import CTRL_C_SECONDS
 from server.schemas import ChatCompletionRequest, CompletionRequest, Only
 from server.settings import Settings, flag, variable
 
@@ -59,7 +59,7 @@ def test_metrics() -> None:
 
 def test_metric_labels() -> None:
     metrics = Metrics(FakeEngine())
-    counters = (metrics.http_requests, metrics.requests, metrics.level_denials)
+    counters = (metrics.http_requests, metrics.requests, metrics.level_denials, metrics.refusals)
     documented = {name: tuple(labels.split(", ")) for name, _, labels, _ in rows("Metrics") if labels}
     in_code = {f"{counter._name}_total": counter._labelnames for counter in counters}
     assert documented == in_code | {"neurontune_mask_info": ("digest", "model")}
@@ -95,8 +95,8 @@ def test_endpoints() -> None:
 
 
 def test_figures() -> None:
-    assert MAX_BODY_BYTES == 4 * 2**20 and "4 MiB" in PAGE
-    assert GRACE_SECONDS == 2 and "two seconds" in PAGE
+    assert Bounds() == Bounds(*(Settings.model_fields[name].default for name in Bounds.__slots__))
+    assert CTRL_C_SECONDS == 2 and "two seconds" in PAGE
 
 
 @pytest.mark.anyio

@@ -1,0 +1,89 @@
+"""How long a request may take, its waiting included, and how it ends when that time is over.
+
+Knows seconds, ASGI messages and events. Knows no engine: what still runs is cancelled, and whoever holds an
+engine's iterator closes it then.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Scope, Send
+
+from server.errors import DeadlineExceededError, InvalidValueError, error_body
+
+TIMEOUT_HEADER: Final = "X-Request-Timeout"
+# A client that does not read would keep its last event, and its request, for ever.
+LAST_EVENT_SECONDS: Final = 1.0
+
+
+def seconds_of(scope: Scope, at_most: float) -> float:
+    """The seconds that a request has: those of its header, but never more than `at_most`.
+
+    Raises:
+        InvalidValueError: the header is not one number above 0.
+    """
+    given = Headers(scope=scope).getlist(TIMEOUT_HEADER)
+    if not given:
+        return at_most
+    try:
+        seconds = float(given[0])
+    except ValueError:
+        seconds = math.nan
+    if len(set(given)) > 1 or not 0 < seconds < math.inf:
+        raise InvalidValueError(
+            f"The header {TIMEOUT_HEADER} must be a number of seconds above 0, given once, not "
+            f"{', '.join(given)[:60]!r}. More than {at_most:g} count as {at_most:g}.",
+            TIMEOUT_HEADER,
+        )
+    return min(seconds, at_most)
+
+
+async def within(
+    seconds: float,
+    send: Send,
+    work: Callable[[Send], Awaitable[None]],
+    on_expiry: Callable[[], object],
+) -> None:
+    """Run `work`, which answers by the `send` that it gets, but for `seconds` at most; it is over on return.
+
+    After the first byte of a stream the error is its last event. `on_expiry` is called if the time was over.
+
+    Raises:
+        DeadlineExceededError: the time was over before the first byte.
+    """
+    begun: Message | None = None
+
+    async def sending(message: Message) -> None:
+        nonlocal begun
+        begun = begun or message
+        await send(message)
+
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            await work(sending)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        on_expiry()
+        error = DeadlineExceededError(
+            f"This request took longer than its {seconds:g} s, waiting included. Ask for less, or for more "
+            f"time with the header {TIMEOUT_HEADER}, up to the server's own limit."
+        )
+        if begun is None:
+            raise error from None
+        await _end_stream(Headers(raw=begun["headers"]), error, send)
+
+
+async def _end_stream(headers: Headers, error: Exception, send: Send) -> None:
+    if not headers.get("content-type", "").startswith("text/event-stream"):
+        return
+    event = b"data: " + json.dumps(error_body(error), separators=(",", ":")).encode() + b"\n\n"
+    try:
+        async with asyncio.timeout(LAST_EVENT_SECONDS):
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+    except TimeoutError:
+        pass  # the server closes the connection of an answer that was not completed

@@ -1,0 +1,110 @@
+"""Which mask each token runs under: the one in force, or the one that its request began with.
+
+Knows masks, modulators and the requests of a step. Knows nothing of prompts, outputs or the batching
+manager. Hooks are put on and taken off between steps alone, on the thread that runs the model.
+
+Two modulators can be on the model at once: a token of a request under another mask gets threshold (0, 0)
+in this one, which multiplies by exactly 1.0. While one mask is in use, nothing is computed for a second.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modulation.masks import Mask
+from modulation.modulator import Modulator
+from server.engines.in_force import InForce, Known
+
+
+class RequestMask:
+    """A mask laid out for the model, as a request of a step carries it."""
+
+    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
+        self.mask = mask
+        self.modulator = Modulator(model, mask)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # steps run on a stream of their own
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return self  # an evicted request starts over as another object, under the same mask
+
+
+class Masks:
+    """The masks that requests run under. Enter `with` it; leaving takes every hook off.
+
+    Raises, from the constructor:
+        MaskError: the mask was made for another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
+        self._model = model
+        self._in_force = InForce(mask.digest, RequestMask(model, mask))
+        self._swapping = asyncio.Lock()
+        self._hooked: dict[RequestMask, ExitStack] = {}
+
+    def __enter__(self) -> Self:
+        self._hook([self._in_force.current.value])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook([])
+
+    @property
+    def current(self) -> Known[RequestMask]:
+        """The mask in force, and its number."""
+        return self._in_force.current
+
+    async def use(self, mask: Mask) -> None:
+        """Put `mask` in force for the requests that come; those that run go on under theirs.
+
+        Raises:
+            MaskError: the mask was made for another model. Nothing has changed.
+        """
+        async with self._swapping:
+            if self._in_force.find(mask.digest) is None:
+                made = await asyncio.to_thread(RequestMask, self._model, mask)
+                self._in_force.put(mask.digest, made)
+            else:
+                self._in_force.put_back(mask.digest)
+
+    def held(self, digest: str | None) -> AbstractContextManager[Known[RequestMask]]:
+        """The mask of this digest, or the one in force, for a request to run under within the block.
+
+        Raises:
+            EngineUnavailableError: it is not known any more.
+        """
+        return self._in_force.held(digest)
+
+    def before_step(self, thresholds: Tensor, owner: Tensor, masks: Sequence[RequestMask | None]) -> None:
+        """Put the masks of a step in force for it. On the thread that runs the model.
+
+        `thresholds` int (requests, 2) and `masks` say what each request runs at and under (None: at (0, 0),
+        so under any), `owner` int (tokens,) whose each token is.
+        """
+        per_token = thresholds[owner]  # (tokens, 2)
+        used = list(dict.fromkeys(each for each in masks if each is not None)) or [self.current.value]
+        self._hook(used)
+        if len(used) == 1:
+            used[0].modulator.set_thresholds(per_token)
+            return
+        for each in used:
+            belongs = torch.tensor([mask is each for mask in masks], device=owner.device)[owner]
+            each.modulator.set_thresholds(per_token * belongs[:, None])
+
+    def forget_step(self) -> None:
+        """The last step did not end; the next one starts afresh. On the thread that runs the model."""
+        self._hook([])
+
+    def _hook(self, used: Sequence[RequestMask]) -> None:
+        for each in [each for each in self._hooked if each not in used]:
+            self._hooked.pop(each).close()
+        for each in used:
+            if each not in self._hooked:
+                with ExitStack() as stack:
+                    stack.enter_context(each.modulator)
+                    self._hooked[each] = stack.pop_all()
