@@ -83,7 +83,10 @@ class _ErrorResponse(JSONResponse):
 async def _answer_error(request: Request, error: Exception) -> Response:
     # What nobody expected is answered outside of the middleware that gives every answer its id.
     headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else None
-    return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
+    response = _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
+    if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
+        response.headers["Retry-After"] = str(seconds)
+    return response
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -83,21 +84,23 @@ def serve(**flags: Any) -> None:
     settings = read_settings({name: value for name, value in flags.items() if value is not None})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app
-    from server.process import bind, run
+    from server.process import EngineEnd, bind, run
 
+    end = EngineEnd()
     with bind(settings.host, settings.port) as listener:
-        engine = build_engine(settings)
+        engine = build_engine(settings, end)
         try:
             application = create_app(settings, engine)
         except NeuronTuneError:
             asyncio.run(engine.close())
             raise
         address, port = listener.getsockname()[:2]
-        run(application, engine, listener, settings.log_level, _welcome(settings, engine, address, port))
+        welcome = _welcome(settings, engine, address, port)
+        run(application, engine, listener, settings.log_level, welcome, end)
 
 
-def build_engine(settings: Settings) -> "Engine":
-    """The engine that `settings` ask for, ready to generate.
+def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> "Engine":
+    """The engine that `settings` ask for, ready to generate. `on_fatal` is called when it has given up.
 
     Raises:
         NeuronTuneError: the model, the mask, or the two together cannot be served.
@@ -110,6 +113,7 @@ def build_engine(settings: Settings) -> "Engine":
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
         )
+    from server.engines.supervision import leave_it
     from server.engines.transformers import TransformersEngine
 
     is_demo = settings.model == DEMO
@@ -123,6 +127,8 @@ def build_engine(settings: Settings) -> "Engine":
         kv_cache_tokens=settings.kv_cache_tokens,
         max_num_seqs=settings.max_num_seqs,
         prefix_caching=settings.prefix_caching,
+        max_failures=settings.max_engine_failures,
+        on_fatal=on_fatal or leave_it,
     )
 
 

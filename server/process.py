@@ -4,6 +4,7 @@ Knows uvicorn and signals. Knows no settings, and the engine only to close it.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 from types import FrameType
@@ -45,15 +46,53 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: ASGIApp, engine: Engine, listener: socket.socket, log_level: str, welcome: str) -> None:
-    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers."""
+class EngineEnd:
+    """Called when the engine has given up, with the reason, on any thread: ends the attached server."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._server: uvicorn.Server | None = None
+
+    def __call__(self, reason: str) -> None:
+        logging.getLogger(__name__).critical("The server ends: %s.", reason)
+        self.reason = reason
+        self._stop()
+
+    def attach(self, server: uvicorn.Server) -> None:
+        """End this server, at once if the engine has given up already."""
+        self._server = server
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._server is not None and self.reason is not None:
+            self._server.should_exit = True
+
+
+def run(
+    app: ASGIApp,
+    engine: Engine,
+    listener: socket.socket,
+    log_level: str,
+    welcome: str,
+    end: EngineEnd | None = None,
+) -> None:
+    """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers.
+
+    Raises:
+        SystemExit: with code 1, where `end` was called.
+    """
+    end = end or EngineEnd()
     config = uvicorn.Config(
         app, log_level=log_level, timeout_graceful_shutdown=BACKSTOP_SECONDS, server_header=False
     )
     # uvicorn raises its signal once more when it is done. It has done its work then: leave with 0.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    _Server(config, engine, welcome).run(sockets=[listener])
+    server = _Server(config, engine, welcome)
+    end.attach(server)
+    server.run(sockets=[listener])
+    if end.reason is not None:
+        raise SystemExit(1)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

@@ -16,7 +16,9 @@ from server.errors import SettingsError
 
 PREFIX: Final = "NEURONTUNE_"
 DEMO: Final = "demo"
-UNKNOWN_TO_FAKE: Final = frozenset({"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"})
+UNKNOWN_TO_FAKE: Final = frozenset(
+    {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -55,6 +57,10 @@ class Settings(BaseSettings):
     )
     max_num_seqs: Count = Field(default=64, description="Most requests that run at once; others wait.")
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
+    max_engine_failures: Count = Field(
+        default=3,
+        description="Failures of the engine in a row, no answer between, that end the server: exit code 1.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is logged; 'debug' also shows tracebacks."
     )

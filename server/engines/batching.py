@@ -129,7 +129,7 @@ def _call_all(calls: Iterable[tuple[Callable[[GenerationOutput], None], Generati
 class LevelManager(ContinuousBatchingManager):
     """A continuous-batching manager that samples per request and keeps a cache per level.
 
-    `on_end` is called on the manager's thread when its loop has ended, whatever ended it.
+    `on_end` is called with the manager, on its thread, when its loop has ended, whatever ended it.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class LevelManager(ContinuousBatchingManager):
         model: PreTrainedModel,
         generation: GenerationConfig,
         batching: ContinuousBatchingConfig,
-        on_end: Callable[[], None],
+        on_end: Callable[["LevelManager"], None],
     ) -> None:
         super().__init__(model, generation, batching)  # type: ignore[arg-type]
         self.processors = RequestProcessors(
@@ -146,6 +146,7 @@ class LevelManager(ContinuousBatchingManager):
         )
         self.logit_processor = self.processors
         self._on_end = on_end
+        self.is_discarded = False
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -175,8 +176,29 @@ class LevelManager(ContinuousBatchingManager):
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request that is added now will be looked at."""
+        return self.is_running() and self.background_thread_status.can_accept_new_requests() is None
+
+    @property
+    def why_ended(self) -> str:
+        """What has ended the loop, in words."""
+        error = self.background_thread_status.fatal_error
+        return "its thread has ended" if error is None else " ".join(str(error).split()) or repr(error)
+
+    def discard(self) -> None:
+        """Stop, and give up what the loop or its end holds in memory."""
+        self.is_discarded = True
+        if self._generation_thread is not None:
+            self.stop(block=True, hard_stop=True)
+        self.batch_processor = None
+        error = self.background_thread_status.fatal_error
+        if error is not None:
+            error.__traceback__ = None  # its frames hold the tensors of the step that failed
+
     def _run_generation_loop(self) -> None:
         try:
             super()._run_generation_loop()
         finally:
-            self._on_end()
+            self._on_end(self)

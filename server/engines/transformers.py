@@ -12,7 +12,8 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments, row_of
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
+from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -61,6 +63,10 @@ _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
 class TransformersEngine:
     """An `Engine` on transformers. Raises, from the constructor, what keeps it from being ready.
+
+    A step that raises or a thread that dies ends all requests; manager and cache are then built anew on the
+    same model. After `max_failures` in a row without a finished answer `on_fatal` is called, on any thread,
+    and the engine stays as it is.
 
     Raises:
         ModelError: the model, its tokenizer or the sizes cannot be used.
@@ -79,6 +85,8 @@ class TransformersEngine:
         kv_cache_tokens: int | None = None,
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
+        max_failures: int = DEFAULT_MAX_FAILURES,
+        on_fatal: Callable[[str], None] = leave_it,
     ) -> None:
         # What the manager says about its own choices at INFO is noise beside `describe`.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
@@ -86,6 +94,7 @@ class TransformersEngine:
         loaded_mask = Mask.load(mask)
         on_device = resolve_device(device)
         in_dtype = resolve_dtype(dtype, on_device.value)
+        self._model_name = model
         self._model = load_model(model, device=on_device.value, dtype=in_dtype.value)
         sizes = resolve_sizes(
             self._model,
@@ -116,39 +125,35 @@ class TransformersEngine:
             },
         )
         self._numbers = itertools.count()
-        self._open: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
+        self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
-        batching = ContinuousBatchingConfig(
-            page_size=_PAGE_SIZE,
-            num_blocks=sizes.num_pages,
-            max_batch_tokens=max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
-            max_requests_per_batch=max_num_seqs,
-            allow_block_sharing=prefix_caching,
+        self._batching: dict[str, Any] = {
+            "page_size": _PAGE_SIZE,
+            "num_blocks": sizes.num_pages,
+            "max_batch_tokens": max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
+            "max_requests_per_batch": max_num_seqs,
+            "allow_block_sharing": prefix_caching,
             # Both would switch themselves on on some GPUs; neither has been tested with modulation.
-            auto_switch_to_flash=False,
-            use_cuda_graph=False,
+            "auto_switch_to_flash": False,
+            "use_cuda_graph": False,
             # Penalties and grammars need to know a step's token before the next one begins.
-            use_async_batching=False,
+            "use_async_batching": False,
+        }
+        self._supervisor = Supervisor(
+            self._start_manager,
+            self._stop_manager,
+            lambda: self._manager.is_serving,
+            max_failures=max_failures,
+            on_fatal=on_fatal,
         )
-        generation = generation_config(ends)
         with ExitStack() as stack:
             stack.enter_context(self._masks)
             hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(self._model.register_forward_hook(self._take_scored).remove)
-            self._manager = LevelManager(self._model, generation, batching, self._on_end)
-            try:
-                self._manager.warmup()  # allocates the cache here, so that a failure is raised here
-            except (MemoryError, RuntimeError, ValueError) as error:
-                raise ModelError(
-                    f"A KV cache of {sizes.cache_tokens} tokens for {max_num_seqs} requests at once cannot "
-                    f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
-                ) from error
-            stack.callback(self._stop_manager)
-            self._manager.start()
-            self._probe(model)
-            self._manager.deliver_to_handlers_only()
+            self._manager = self._new_manager()
+            stack.callback(self._supervisor.close)
+            self._supervisor.begin()
             self._hooks = stack.pop_all()
 
     def describe(self) -> EngineInfo:
@@ -160,15 +165,17 @@ class TransformersEngine:
         return self._info
 
     def healthy(self) -> EngineHealth:
-        processor = self._manager.batch_processor
-        scheduler = processor.scheduler if processor is not None else None
         reason = self._why_not_ready()
+        if reason is not None:
+            return EngineHealth(False, reason, 0, 0)
+        manager = self._manager
+        processor = manager.batch_processor
+        scheduler = processor.scheduler if processor is not None else None
         return EngineHealth(
-            ready=reason is None,
-            reason=reason or "",
+            ready=True,
+            reason="",
             num_running=len(scheduler.active_requests) if scheduler else 0,
-            num_waiting=(len(scheduler.waiting_requests) if scheduler else 0)
-            + self._manager.input_queue.qsize(),
+            num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -191,6 +198,7 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
             prompt, limit, row = await asyncio.to_thread(self._prepared, request)
@@ -208,6 +216,8 @@ class TransformersEngine:
                     known = self._known(row, seen, len(tokens))
                     seen += len(tokens)
                     finish = self._finish_reason(step)
+                    if finish:
+                        self._supervisor.succeeded()
                     yield Output(
                         text=text.push(tokens) + (text.finish() if finish else ""),
                         token_ids=tokens,
@@ -226,32 +236,32 @@ class TransformersEngine:
             EngineUnavailableError: the manager has ended.
             GenerationError: the request cannot go on.
         """
-        self._loop = asyncio.get_running_loop()
+        self._loop, manager = asyncio.get_running_loop(), self._manager
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        self._open[name] = outputs
+        self._open[name] = manager, outputs
         try:
-            self._manager.register_result_handler(name, outputs.put_nowait)
-            added = self._manager.add_request(
+            manager.register_result_handler(name, outputs.put_nowait)
+            added = manager.add_request(
                 prompt,
                 request_id=name,
                 max_new_tokens=max(1, limit),
                 streaming=True,
                 **arguments.as_keywords(),
             )
-            if added is None or not self._manager.is_running():
+            if added is None or not manager.is_running():
                 raise self._unavailable()
             while True:
                 step = await outputs.get()
-                if step is None or step.error is not None:
-                    raise self._unavailable(step.error if step else None)
                 if arguments.row.error is not None:
                     raise GenerationError(f"This answer could not go on: {arguments.row.error}.")
+                if step is None or step.error is not None:
+                    raise self._unavailable(step.error if step else manager.why_ended)
                 yield step
                 if step.is_finished():
                     return
         finally:
             del self._open[name]
-            self._manager.forget(name)
+            manager.forget(name)
 
     def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
         """The prompt's tokens, the most that may be generated, and the request's row."""
@@ -300,12 +310,37 @@ class TransformersEngine:
         return Candidate(token_id, text, spelling, logprob)
 
     async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         await asyncio.to_thread(self._hooks.close)
 
-    def _probe(self, model: str) -> None:
+    def _new_manager(self) -> LevelManager:
+        generation = generation_config(self._text.stop_ids)
+        return LevelManager(self._model, generation, ContinuousBatchingConfig(**self._batching), self._on_end)
+
+    def _start_manager(self) -> None:
+        """Build manager and cache, and serve with them.
+
+        Raises:
+            ModelError: there is no memory for the cache, or the model cannot be served.
+        """
+        if self._manager.is_discarded:
+            self._manager = self._new_manager()
+        try:
+            self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+        except (MemoryError, RuntimeError, ValueError) as error:
+            details, number = self._info.details, self._batching["max_requests_per_batch"]
+            raise ModelError(
+                f"A KV cache of {details['kv_cache_tokens']} tokens for {number} requests at once cannot "
+                f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
+            ) from error
+        self._manager.start()
+        self._probe()
+        self._manager.deliver_to_handlers_only()
+
+    def _stop_manager(self) -> None:
+        self._manager.discard()
+        self._masks.forget_step()
+
+    def _probe(self) -> None:
         """Run a few steps at mixed levels: an engine that returns from its constructor can serve.
 
         Raises:
@@ -322,15 +357,21 @@ class TransformersEngine:
                 **self._arguments(request, Row(prompt, request.sampling), mask.value).as_keywords(),
             )
         for _ in self._info.levels:
-            output = self._manager.get_result(timeout=_PROBE_TIMEOUT_SECONDS)
+            output = self._probed()
             if output is None or output.error is not None:
                 raise ModelError(
-                    f"Model {model!r} ({type(self._model).__name__}) cannot run in transformers' "
+                    f"Model {self._model_name!r} ({type(self._model).__name__}) cannot run in transformers' "
                     f"continuous batching: {output.error if output else 'no answer in time'}."
                 )
 
-    def _stop_manager(self) -> None:
-        self._manager.stop(block=True, hard_stop=True)
+    def _probed(self) -> GenerationOutput | None:
+        """The next answer of a probe; None: too late, or the engine is being closed."""
+        deadline = time.monotonic() + _PROBE_TIMEOUT_SECONDS
+        while time.monotonic() < deadline and not self._supervisor.is_closed:
+            output = self._manager.get_result(timeout=1.0)
+            if output is not None or not self._manager.is_running():
+                return output
+        return None
 
     def _set_thresholds(
         self, _model: nn.Module, args: Any, step: dict[str, Any]
@@ -419,30 +460,30 @@ class TransformersEngine:
         ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
         return "stop" if ended else "length"
 
-    def _on_end(self) -> None:
-        """The manager's loop has ended: nothing more will come, so nobody must wait for it."""
+    def _on_end(self, manager: LevelManager) -> None:
+        """A manager's loop has ended: nothing more will come, so nobody must wait for it."""
+        if manager is self._manager:
+            self._supervisor.ended(manager.why_ended)
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._fail_open_requests)
+            self._loop.call_soon_threadsafe(self._fail_open_requests, manager)
 
-    def _fail_open_requests(self) -> None:
-        for outputs in self._open.values():
-            outputs.put_nowait(None)
+    def _fail_open_requests(self, manager: LevelManager) -> None:
+        for owner, outputs in self._open.values():
+            if owner is manager:
+                outputs.put_nowait(None)
 
     def _why_not_ready(self) -> str | None:
-        if self._closed:
-            return "the engine is closed"
-        error = self._manager.background_thread_status.fatal_error
-        if error is not None:
-            return f"the engine has stopped: {error}"
-        if not self._manager.is_running():
-            return "the engine is not running"
-        refusal = self._manager.background_thread_status.can_accept_new_requests()
-        return refusal and refusal.removesuffix(".")
+        serves = self._manager.is_serving
+        return self._supervisor.reason or (None if serves else "the engine has stopped")
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:
             raise self._unavailable()
 
-    def _unavailable(self, error: str | None = None) -> EngineUnavailableError:
-        reason = (None if self._closed else error) or self._why_not_ready() or "the engine has stopped"
-        return EngineUnavailableError(f"No answer can be generated: {reason}.")
+    def _unavailable(self, cause: str | None = None) -> EngineUnavailableError:
+        closed = self._supervisor.is_closed
+        reason = (None if closed else cause) or self._why_not_ready() or "the engine has stopped"
+        return EngineUnavailableError(
+            f"No answer can be generated: {reason}.",
+            None if closed else self._supervisor.retry_after_seconds,
+        )
