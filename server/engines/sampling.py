@@ -152,7 +152,9 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self._noise = SeededNoise()
         self._needed = [True] * (len(self._warpers) + 1)
         self.step: list[FutureRequestState] = []
+        self._drawing: list[FutureRequestState] = []
         self._special: list[tuple[int, Row]] = []
+        self._peaks: Tensor | None = None
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
         self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
         self.do_processing = True
@@ -173,7 +175,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             values = [_keywords(each)[name] for each in requests_in_batch]
             arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
-        self.step = requests_in_batch
+        self.step, self._drawing = requests_in_batch, drawing
         for request, begin in zip(requests_in_batch, self.begins(), strict=True):
             if row_of(request).num_cached is None:
                 row_of(request).num_cached = begin
@@ -199,6 +201,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     ) -> Tensor:
         """`scores` (requests, vocabulary), of which the manager then takes the argmax."""
         rows = logits_processor_args[NUM_THRESHOLD_ROWS:]
+        self._peaks = scores.amax(dim=-1)
         scores = self._by_row(scores, Row.before_temperature)
         for number, (needed, warper) in enumerate(zip(self._needed, self._warpers, strict=False)):
             if needed:
@@ -207,9 +210,21 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
                 scores = self._by_row(scores, Row.after_temperature)
         if self._needed[-1]:
             scores = self._noise(scores, rows[len(self._warpers) :])
-        for place, row in self._special:
-            row.chosen(int(scores[place].argmax()))
         return scores
+
+    def end_step(self, tokens: Tensor) -> list[FutureRequestState]:
+        """Tell the rows the tokens drawn, int (requests with a new token,); the requests that got none.
+
+        A request gets none if its logits are no distribution. Their maximum shows it: it is NaN or infinity
+        if one of them is (minus infinity, a token that cannot come, only if all are). It is asked for here
+        and not in the step, when all of that has been computed: nothing has to wait for it.
+        """
+        assert self._peaks is not None
+        sound = self._peaks.isfinite().tolist()[: len(self._drawing)]
+        for place, row in self._special:
+            if sound[place]:
+                row.chosen(int(tokens[place]))
+        return [each for each, is_sound in zip(self._drawing, sound, strict=True) if not is_sound]
 
     def begins(self) -> list[int]:
         """At which place of its request's tokens the part that each request has in this step begins."""

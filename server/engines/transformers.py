@@ -314,7 +314,8 @@ class TransformersEngine:
 
     def _new_manager(self) -> LevelManager:
         generation = generation_config(self._text.stop_ids)
-        return LevelManager(self._model, generation, ContinuousBatchingConfig(**self._batching), self._on_end)
+        batching = ContinuousBatchingConfig(**self._batching)
+        return LevelManager(self._model, generation, batching, self._masks.forget_step, self._on_end)
 
     def _start_manager(self) -> None:
         """Build manager and cache, and serve with them.

@@ -2,17 +2,21 @@
 
 import asyncio
 import ctypes
+import itertools
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from modulation.levels import Threshold
 from modulation.masks import Mask
-from server.engines.base import EngineUnavailableError
+from server.engines.base import EngineUnavailableError, GenerationError, Sampling
+from server.engines.batching import is_out_of_memory
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import collect, is_idle, tokens, until
 from tests.engines.test_transformers import ask, scaled, serving
@@ -183,3 +187,136 @@ async def test_leaving_the_queue_or_a_long_prompt_ends_the_request_within_a_step
         await until(lambda: is_idle(engine))
         assert lengths == [512], "nothing ran after the step in which the client left"
         assert not engine._open
+
+
+class Broken:
+    """Puts NaN or infinity where one request's tokens are, in the step whose prompt begins with `text`."""
+
+    def __init__(self, engine: TransformersEngine, text: str, value: float, place: str) -> None:
+        self._engine, self._value = engine, value
+        self._begin = engine._text.encode(ask(text).prompt)
+        self.num_steps = 0
+        if place == "logits":
+            engine._model.register_forward_hook(self._in_logits)
+        else:
+            engine._model.model.layers[0].register_forward_hook(self._in_hidden_states)
+
+    def _tokens(self) -> list[slice]:
+        begins = self._engine._manager.processors.step
+        ends = list(itertools.accumulate(each.query_length for each in begins))
+        return [
+            slice(end - each.query_length, end)
+            for each, end in zip(begins, ends, strict=True)
+            if each.state.initial_tokens[: len(self._begin)] == self._begin
+        ]
+
+    def _in_hidden_states(self, _module: Any, _arguments: Any, output: torch.Tensor) -> None:
+        for place in self._tokens():
+            self.num_steps += 1
+            output[:, place] = self._value
+
+    def _in_logits(self, _module: Any, _arguments: Any, output: Any) -> None:
+        drawing = [each for each in self._engine._manager.processors.step if each.has_new_token]
+        for place, each in enumerate(drawing):
+            if each.state.initial_tokens[: len(self._begin)] == self._begin:
+                self.num_steps += 1
+                output.logits[:, place, 5] = self._value
+
+
+MIXED = [
+    ask("one", LEVEL, max_tokens=40),
+    ask("two two", LEVEL, Sampling(temperature=1.0, seed=4), max_tokens=30),
+    ask("three " * 40, max_tokens=35, num_logprobs=2),
+    ask("four " * 150, LEVEL, max_tokens=20),
+]
+
+
+@pytest.mark.parametrize("place", ["logits", "hidden states"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+async def test_a_request_with_nan_or_infinity_fails_alone(folder: Path, place: str, value: float) -> None:
+    """In hidden states it reaches all of the batch: on CPU attention has one mask over everybody."""
+    async with serving(folder) as engine:
+        alone = [await collect(engine.generate(each)) for each in MIXED]
+        manager, broken = engine._manager, Broken(engine, "bad", value, place)
+        bad = ask("bad", LEVEL, max_tokens=50)
+        answers = await asyncio.gather(
+            *(collect(engine.generate(each)) for each in (*MIXED[:2], bad, *MIXED[2:])),
+            return_exceptions=True,
+        )
+        error = answers.pop(2)
+        assert isinstance(error, GenerationError) and "NaN or infinity" in str(error), error
+        assert [tokens(each) for each in answers] == [tokens(each) for each in alone]
+        assert [[len(output.logprobs) for output in each] for each in answers] == [
+            [len(output.logprobs) for output in each] for each in alone
+        ]
+        assert broken.num_steps >= 1 and manager is engine._manager and engine.healthy().ready
+        await until(lambda: is_idle(engine))
+        assert not manager.batch_processor.scheduler.suspects and not engine._open
+
+
+async def test_nan_in_the_middle_of_an_answer_ends_it_there(engine: TransformersEngine) -> None:
+    """The answer of a neighbour goes on, and what the broken one cached is not found again."""
+    request = ask("bad " * 40, LEVEL, max_tokens=100)
+    alone = tokens(await collect(engine.generate(request)))
+    neighbour = ask("neighbour", LEVEL, max_tokens=100)
+    expected = tokens(await collect(engine.generate(neighbour)))
+    beside = asyncio.ensure_future(collect(engine.generate(neighbour)))
+    running = engine.generate(request)
+    seen = [await anext(running) for _ in range(5)]
+    broken = Broken(engine, "bad " * 40, math.nan, "hidden states")
+    with pytest.raises(GenerationError, match="NaN or infinity"):
+        while True:
+            seen.append(await anext(running))
+    assert tokens(seen) == alone[: len(tokens(seen))]
+    assert tokens(await beside) == expected
+    broken._begin = [-1]
+    assert tokens(await collect(engine.generate(request))) == alone
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        MemoryError("no memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+async def test_out_of_memory_in_one_step_fails_nobody_who_fits(
+    engine: TransformersEngine, error: Exception
+) -> None:
+    alone = [tokens(await collect(engine.generate(each))) for each in MIXED]
+    manager, fault = engine._manager, Fault(engine)
+    fault.error = error
+    tasks = [asyncio.ensure_future(collect(engine.generate(each))) for each in MIXED]
+    await until(lambda: engine.healthy().num_running == len(MIXED))
+    fault.times = 1
+    answers = await asyncio.gather(*tasks)
+    assert fault.times == 0
+    assert [tokens(each) for each in answers] == alone
+    assert manager is engine._manager and engine.healthy().ready
+
+
+def test_the_allocators_own_words_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+async def test_who_does_not_fit_even_alone_fails_and_takes_nobody_down(engine: TransformersEngine) -> None:
+    alone = [tokens(await collect(engine.generate(each))) for each in MIXED]
+    manager, fault = engine._manager, Fault(engine)
+    begin = engine._text.encode(ask("huge").prompt)
+
+    def is_huge() -> None:
+        step = engine._manager.processors.step
+        if any(each.state.initial_tokens == begin for each in step):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    fault.before = is_huge
+    answers = await asyncio.gather(
+        *(collect(engine.generate(each)) for each in (ask("huge"), *MIXED)), return_exceptions=True
+    )
+    assert isinstance(answers[0], GenerationError) and "not enough memory" in str(answers[0])
+    assert [tokens(each) for each in answers[1:]] == alone
+    assert manager is engine._manager and is_idle(engine)
