@@ -102,7 +102,7 @@ class Supervisor:
                 self._stop()
                 self._timed_start()
             except Exception as error:
-                cause = str(error)
+                cause = " ".join(str(error).split()) or repr(error)
                 continue
             log.warning("The engine is ready again after %.1f s.", self._start_seconds)
             self._set_reason(None)

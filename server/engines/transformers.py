@@ -4,8 +4,8 @@ Knows the model, its mask and the batching manager. Knows nothing of HTTP or set
 
 Each step, the manager packs the tokens of all running requests into one row. The arguments of each
 request, its threshold among them, ride in static storage that the model's forward receives
-(`sampling`); a pre-hook on the model expands thresholds to tokens, and the modulators' pre-hooks on
-the sites apply them (`masks`).
+(`sampling`); a pre-hook on the model expands thresholds to tokens (`steps`), and the modulators'
+pre-hooks on the sites apply them (`masks`).
 """
 
 import asyncio
@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -49,8 +47,9 @@ from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
 from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
-from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments, row_of
+from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
+from server.engines.steps import hooked
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.text import ChatText
 
@@ -108,8 +107,6 @@ class TransformersEngine:
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary)
         self._grammars = Grammars(tokenizer, self._vocabulary, ends)
-        # Of the step that runs: whose prompt's logits are wanted, from which place on, of which tokens.
-        self._scored: list[tuple[Row, int, Tensor]] = []
         self._info = EngineInfo(
             model_id=served_model_name,
             max_model_len=int(sizes.max_model_len.value),
@@ -148,9 +145,7 @@ class TransformersEngine:
         )
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.callback(self._model.register_forward_hook(self._take_scored).remove)
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
             self._manager = self._new_manager()
             stack.callback(self._supervisor.close)
             self._supervisor.begin()
@@ -373,54 +368,6 @@ class TransformersEngine:
             if output is not None or not self._manager.is_running():
                 return output
         return None
-
-    def _set_thresholds(
-        self, _model: nn.Module, args: Any, step: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        """Before each step: one threshold per token, from one per request."""
-        per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
-        ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
-        num_tokens = step["input_ids"].shape[-1]
-        tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
-        # A padding token lies beyond the last end; it takes the last request's threshold.
-        owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
-        self._masks.before_step(per_request, owner, self._manager.processors.masks())
-        self._scored = self._prompts_to_score(ends)
-        if not self._scored or "logits_to_keep" not in step:
-            return None
-        kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
-        return args, step | {"logits_to_keep": kept}
-
-    def _prompts_to_score(self, ends: Tensor) -> list[tuple[Row, int, Tensor]]:
-        """Of requests that want their prompt's log-probabilities: the row, the place in the prompt that its
-        first token of this step predicts, and its tokens of this step that predict one of the prompt."""
-        processors = self._manager.processors
-        scored = []
-        for number, (request, begin) in enumerate(zip(processors.step, processors.begins(), strict=True)):
-            row = row_of(request)
-            if row.num_prompt_logprobs is None:
-                continue
-            first = int(ends[number]) - request.query_length
-            count = min(request.query_length, len(row.prompt) - 1 - begin)
-            if count > 0:
-                tokens = torch.arange(first, first + count, dtype=ends.dtype, device=ends.device)
-                scored.append((row, begin + 1, tokens))
-        return scored
-
-    def _take_scored(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
-        if not self._scored:
-            return
-        logits: Tensor = output.logits
-        num_scored = sum(len(tokens) for _, _, tokens in self._scored)
-        if self._manager.keeps_logits:
-            scored = logits[0, -num_scored:]
-            output.logits = logits[:, :-num_scored]
-        else:
-            scored = logits[0, torch.cat([tokens for _, _, tokens in self._scored])]
-        for row, place, tokens in self._scored:
-            row.saw_prompt(place, scored[: len(tokens)].float())
-            scored = scored[len(tokens) :]
 
     def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._info.max_model_len - num_prompt_tokens
