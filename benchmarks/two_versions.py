@@ -1,7 +1,8 @@
 """Whether a change made the server slower: two checkouts, both served over HTTP, in one run.
 
 Rounds of the two alternate in shuffled order. In a round, `--concurrency` clients each stream `--requests`
-answers; the other server idles. Prints the medians of time to first token and of tokens per second, and
+answers; the other server idles. Both serve at `off`, so that they give the same answers whatever mask each
+ships with. Prints the medians of time to first token and of tokens per second, and
 the ratio of this checkout to the other one.
 
     git worktree add /tmp/before COMMIT
@@ -69,7 +70,8 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 @asynccontextmanager
 async def _served(checkout: Path, port: int) -> AsyncIterator[httpx.AsyncClient]:
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--log-level", "warning"]
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
+    command += ["--log-level", "warning", "--default-level", "off"]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL) as process:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:

@@ -167,7 +167,7 @@ class ChatAnswers:
             finish_reason=_finish(self._head.last[choice], bool(parsed.tool_calls)),
         )
 
-    async def events(self, outputs: Choices, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    def events(self, outputs: Choices, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         streams = [
             _ChatStream(self._head, choice, self._logprobs, self._tools, include_usage)
             for choice in range(self._num_choices)
@@ -181,8 +181,7 @@ class ChatAnswers:
             usage = self._head.usage() if include_usage else None
             return ChatCompletionChunk(**fields, choices=[], usage=usage) if usage else None
 
-        async for data in _events(self._head, outputs, self._num_choices, chunks, last):
-            yield data
+        return _events(self._head, outputs, self._num_choices, chunks, last)
 
 
 class _ChatStream:
@@ -291,7 +290,7 @@ class CompletionAnswers:
         # Off the event loop: the log-probabilities of many prompts are megabytes of text.
         return await asyncio.to_thread(_json, body)
 
-    async def events(self, outputs: Choices, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    def events(self, outputs: Choices, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         offsets = [_Offsets() for _ in self._range]
         extra: dict[str, Any] = {"usage": None} if include_usage else {}
 
@@ -315,8 +314,7 @@ class CompletionAnswers:
             fields = self._head.fields("text_completion")
             return Completion(**fields, choices=[], usage=self._head.usage()) if include_usage else None
 
-        async for data in _events(self._head, outputs, self._num_choices, chunks, last):
-            yield data
+        return _events(self._head, outputs, self._num_choices, chunks, last)
 
     @property
     def _range(self) -> range:

@@ -9,6 +9,7 @@ another thread may read what is there.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -60,7 +61,7 @@ class Row:
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # an evicted request starts over as another object, and goes on with this row
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether temperature, cuts and noise are all that this row needs."""
         sampling = self.sampling

@@ -153,6 +153,8 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self._needed = [True] * (len(self._warpers) + 1)
         self.step: list[FutureRequestState] = []
         self._drawing: list[FutureRequestState] = []
+        # Of the step that runs: whose prompt is scored, from which place on, at which of the step's tokens.
+        self.scored: list[tuple[Row, int, range]] = []
         self._special: list[tuple[int, Row]] = []
         self._peaks: Tensor | None = None
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
@@ -176,9 +178,17 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
         self.step, self._drawing = requests_in_batch, drawing
-        for request, begin in zip(requests_in_batch, self.begins(), strict=True):
-            if row_of(request).num_cached is None:
-                row_of(request).num_cached = begin
+        self.scored = []
+        first = 0
+        for request in requests_in_batch:
+            row, begin = row_of(request), request.state.position_offset - request.query_length
+            if row.num_cached is None:
+                row.num_cached = begin
+            if row.num_prompt_logprobs is not None:
+                count = min(request.query_length, len(row.prompt) - 1 - begin)
+                if count > 0:
+                    self.scored.append((row, begin + 1, range(first, first + count)))
+            first += request.query_length
         self._special = [(place, row) for place, row in enumerate(map(row_of, drawing)) if not row.is_plain]
         for number, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
             arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
@@ -225,10 +235,6 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             if sound[place]:
                 row.chosen(int(tokens[place]))
         return [each for each, is_sound in zip(self._drawing, sound, strict=True) if not is_sound]
-
-    def begins(self) -> list[int]:
-        """At which place of its request's tokens the part that each request has in this step begins."""
-        return [each.state.position_offset - each.query_length for each in self.step]
 
     def masks(self) -> list[Any]:
         """Under which mask each request of this step runs."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from server.engines.batching import LevelManager
 from server.engines.masks import Masks
 from server.engines.rows import Row
-from server.engines.sampling import NUM_THRESHOLD_ROWS, row_of
+from server.engines.sampling import NUM_THRESHOLD_ROWS
 
 
 @contextmanager
@@ -35,7 +35,7 @@ class _Steps:
     def __init__(self, masks: Masks, manager: Callable[[], LevelManager]) -> None:
         self._masks = masks
         self._manager = manager
-        # Of the step that runs: whose prompt's logits are wanted, from which place on, of which tokens.
+        # As the processors have it, with the tokens as a tensor.
         self._scored: list[tuple[Row, int, Tensor]] = []
 
     def before(self, _model: nn.Module, args: Any, step: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -47,27 +47,14 @@ class _Steps:
         # A padding token lies beyond the last end; it takes the last request's threshold.
         owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
         self._masks.before_step(per_request, owner, self._manager().processors.masks())
-        self._scored = self._prompts_to_score(ends)
+        self._scored = [
+            (row, place, torch.arange(tokens.start, tokens.stop, dtype=ends.dtype, device=ends.device))
+            for row, place, tokens in self._manager().processors.scored
+        ]
         if not self._scored or "logits_to_keep" not in step:
             return None
         kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
         return args, step | {"logits_to_keep": kept}
-
-    def _prompts_to_score(self, ends: Tensor) -> list[tuple[Row, int, Tensor]]:
-        """Of requests that want their prompt's log-probabilities: the row, the place in the prompt that its
-        first token of this step predicts, and its tokens of this step that predict one of the prompt."""
-        processors = self._manager().processors
-        scored = []
-        for number, (request, begin) in enumerate(zip(processors.step, processors.begins(), strict=True)):
-            row = row_of(request)
-            if row.num_prompt_logprobs is None:
-                continue
-            first = int(ends[number]) - request.query_length
-            count = min(request.query_length, len(row.prompt) - 1 - begin)
-            if count > 0:
-                tokens = torch.arange(first, first + count, dtype=ends.dtype, device=ends.device)
-                scored.append((row, begin + 1, tokens))
-        return scored
 
     def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
         """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
