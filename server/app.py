@@ -29,7 +29,7 @@ from server.authentication import Authenticate, by_key, everybody
 from server.body import Bounds
 from server.callers import ANONYMOUS, Caller
 from server.draining import Drain, RefuseWhenDraining
-from server.engines.base import Engine
+from server.engines.base import Engine, EngineUnavailableError
 from server.errors import (
     ERRORS,
     AuthenticationError,
@@ -220,6 +220,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     headers |= getattr(error, "headers", {})
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, EngineUnavailableError) and error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
     return _ErrorResponse(error_body(error), status_code=kind_of(error).status, headers=headers)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -86,10 +87,11 @@ def serve(**flags: Any) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
     from server.draining import Drain
-    from server.process import bind, run
+    from server.process import EngineEnd, bind, run
 
+    end = EngineEnd()
     with bind(settings.host, settings.port) as listener:
-        engine = build_engine(settings)
+        engine = build_engine(settings, end)
         try:
             drain = Drain()
             application = create_app(settings, engine, drain)
@@ -104,14 +106,15 @@ def serve(**flags: Any) -> None:
             settings.log_level,
             _welcome(settings, engine, address, port),
             drain,
+            end,
             lambda: reload(application),
             grace_seconds=settings.grace_seconds,
             read_timeout_seconds=settings.read_timeout_seconds,
         )
 
 
-def build_engine(settings: Settings) -> "Engine":
-    """The engine that `settings` ask for, ready to generate.
+def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> "Engine":
+    """The engine that `settings` ask for, ready to generate. `on_fatal` is called when it has given up.
 
     Raises:
         NeuronTuneError: the model, the mask, or the two together cannot be served.
@@ -124,6 +127,7 @@ def build_engine(settings: Settings) -> "Engine":
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
         )
+    from server.engines.supervision import leave_it
     from server.engines.transformers import TransformersEngine
 
     is_demo = settings.model == DEMO
@@ -144,6 +148,8 @@ def build_engine(settings: Settings) -> "Engine":
         prefix_caching=settings.prefix_caching,
         trust_remote_code=settings.trust_remote_code,
         allow_less_safe_levels=settings.allow_less_safe_levels,
+        max_failures=settings.max_engine_failures,
+        on_fatal=on_fatal or leave_it,
     )
 
 

@@ -57,6 +57,28 @@ async def _nothing() -> None:
     pass
 
 
+class EngineEnd:
+    """Called when the engine has given up, with the reason, on any thread: ends the attached server."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._server: uvicorn.Server | None = None
+
+    def __call__(self, reason: str) -> None:
+        logging.getLogger(__name__).critical("The server ends: %s.", reason)
+        self.reason = reason
+        self._stop()
+
+    def attach(self, server: uvicorn.Server) -> None:
+        """End this server, at once if the engine has given up already."""
+        self._server = server
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._server is not None and self.reason is not None:
+            self._server.should_exit = True
+
+
 def run(
     app: ASGIApp,
     engine: Engine,
@@ -64,13 +86,19 @@ def run(
     log_level: str,
     welcome: str,
     drain: Drain,
+    end: EngineEnd | None = None,
     reload: Reload = _nothing,
     *,
     grace_seconds: float = 30,
     read_timeout_seconds: float = 30,
 ) -> None:
     """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
-    `reload`, one at a time."""
+    `reload`, one at a time.
+
+    Raises:
+        SystemExit: with code 1, where `end` was called.
+    """
+    end = end or EngineEnd()
     config = uvicorn.Config(
         app,
         http=reading_heads_within(read_timeout_seconds),
@@ -83,7 +111,11 @@ def run(
         signal.SIGTERM: grace_seconds,
         signal.SIGINT: min(grace_seconds, CTRL_C_SECONDS),
     }
-    _Server(config, engine, welcome, drain, graces, reload).run(sockets=[listener])
+    server = _Server(config, engine, welcome, drain, graces, reload)
+    end.attach(server)
+    server.run(sockets=[listener])
+    if end.reason is not None:
+        raise SystemExit(1)
 
 
 class _Server(uvicorn.Server):

@@ -18,7 +18,7 @@ from server.errors import SettingsError
 PREFIX: Final = "NEURONTUNE_"
 DEMO: Final = "demo"
 UNKNOWN_TO_FAKE: Final = frozenset(
-    {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching"}
+    {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
     | {"trust_remote_code", "allow_less_safe_levels"}
 )
 AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
@@ -120,6 +120,10 @@ class Settings(BaseSettings):
     cors_origins: Origins = Field(
         default=(),
         description="Origins whose web pages may call this server, separated by commas. Default: none.",
+    )
+    max_engine_failures: Count = Field(
+        default=3,
+        description="Failures of the engine in a row, no answer between, that end the server: exit code 1.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is logged; 'debug' also shows tracebacks."

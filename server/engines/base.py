@@ -51,7 +51,14 @@ class UnsupportedByEngineError(EngineError):
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is not running, is stopping, or has died."""
+    """The engine is not running, is being rebuilt, is stopping, or has died.
+
+    `retry_after_seconds`: when it is expected to be ready again; None: not known.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class GenerationError(EngineError):
@@ -235,6 +242,9 @@ class EngineHealth:
 
 class Engine(Protocol):
     """Generates answers, many requests at once, each at its own threshold.
+
+    An engine that fails ends the requests it has, is not ready, and rebuilds itself. Those that come
+    meanwhile are refused at once.
 
     An engine is ready to generate once it has been constructed: a constructor either returns an
     engine whose modulation is in force, or raises. Calls come from one event loop.

@@ -8,9 +8,12 @@ The KV cache belongs to a level of a mask: a prefix computed under one threshold
 prefixes are shared within a threshold and a mask, and never across.
 """
 
-from collections.abc import Callable, Iterable
+import gc
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex, overload
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import (
     ContinuousBatchingManager,
@@ -20,10 +23,12 @@ from transformers.generation.continuous_batching import (
     RequestStatus,
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
 from modulation.levels import Threshold
-from server.engines.sampling import RequestProcessors
+from server.engines.sampling import RequestProcessors, row_of
+from server.engines.taking_back import SuspectScheduler, release, take_back
 
 
 def request_id(number: int, threshold: Threshold, mask: int, *, shares_prefixes: bool = True) -> str:
@@ -57,16 +62,24 @@ class _SaltedTokens(list[int]):
 
 
 class LevelCache(PagedAttentionCache):
-    """A paged cache whose blocks are found again only by requests at the same threshold of the same mask."""
+    """A paged cache whose blocks are found again only by requests at the same threshold of the same mask.
+
+    Those of `suspects` neither find nor leave any: what is cached may be what is wrong.
+    """
+
+    suspects: set[str]
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         """As the base class does, among the blocks of this request's threshold."""
+        if request_id in self.suspects:
+            return 0
         return super().search_prefix_match(request_id, self._salted(request_id, prompt_ids))
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """As the base class does, under names that carry this request's threshold."""
         finished = state.status == RequestStatus.FINISHED  # its blocks are gone already
-        if not self.use_prefix_sharing or not complete_blocks or finished:
+        suspect = state.request_id in self.suspects
+        if not self.use_prefix_sharing or not complete_blocks or finished or suspect:
             return
         tokens = self._salted(state.request_id, [*state.initial_tokens, *state.generated_tokens])
         for name, count in complete_blocks.items():
@@ -77,20 +90,6 @@ class LevelCache(PagedAttentionCache):
         (page_size,) = {each.tokens_per_page for each in self.cache_allocators.values()}
         salt = [int(number) for number in request_id.split("|")[1:]]
         return _SaltedTokens(tokens, salt, page_size)
-
-
-class _Scheduler(FIFOScheduler):
-    """The manager's scheduler, which must not wait for a request that has been cancelled.
-
-    After an eviction it admits nothing new until an active request has finished. If the active ones
-    are cancelled instead, that would never happen.
-    """
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        if cancelled:
-            self.block_new_requests = False
-        return cancelled
 
 
 class _Router(OutputRouter):
@@ -126,10 +125,19 @@ def _call_all(calls: Iterable[tuple[Callable[[GenerationOutput], None], Generati
         callback(output)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether what could not be had is memory: PyTorch says so on CUDA by a type, on CPU in words."""
+    words = ("not enough memory", "can't allocate memory")
+    short = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return short or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 class LevelManager(ContinuousBatchingManager):
     """A continuous-batching manager that samples per request and keeps a cache per level.
 
-    `on_end` is called on the manager's thread when its loop has ended, whatever ended it.
+    A request whose logits are NaN or infinite, or that does not fit into memory, fails alone: its row says
+    why. `on_lost_step` is called on the manager's thread when a step was given up before its end, and
+    `on_end` with the manager, also there, when its loop has ended, whatever ended it.
     """
 
     def __init__(
@@ -137,7 +145,8 @@ class LevelManager(ContinuousBatchingManager):
         model: PreTrainedModel,
         generation: GenerationConfig,
         batching: ContinuousBatchingConfig,
-        on_end: Callable[[], None],
+        on_lost_step: Callable[[], None],
+        on_end: Callable[["LevelManager"], None],
     ) -> None:
         super().__init__(model, generation, batching)  # type: ignore[arg-type]
         self.processors = RequestProcessors(
@@ -145,15 +154,21 @@ class LevelManager(ContinuousBatchingManager):
             static=any(self.continuous_batching_config.cuda_graph_booleans),
         )
         self.logit_processor = self.processors
+        self._on_lost_step = on_lost_step
         self._on_end = on_end
+        self.is_discarded = False
+        self._cleared: list[str] = []
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
         # The base class names its cache class itself; ours adds no state, so an instance can turn.
         assert type(processor.cache) in (PagedAttentionCache, LevelCache), type(processor.cache)
         processor.cache.__class__ = LevelCache
-        assert type(processor.scheduler) in (FIFOScheduler, _Scheduler), type(processor.scheduler)
-        processor.scheduler.__class__ = _Scheduler
+        assert type(processor.scheduler) in (FIFOScheduler, SuspectScheduler), type(processor.scheduler)
+        processor.scheduler.__class__ = SuspectScheduler
+        cache, scheduler = processor.cache, processor.scheduler
+        assert isinstance(cache, LevelCache) and isinstance(scheduler, SuspectScheduler)
+        cache.suspects = scheduler.suspects = set()
         return processor
 
     def deliver_to_handlers_only(self) -> None:
@@ -175,8 +190,101 @@ class LevelManager(ContinuousBatchingManager):
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request that is added now will be looked at."""
+        return self.is_running() and self.background_thread_status.can_accept_new_requests() is None
+
+    @property
+    def why_ended(self) -> str:
+        """What has ended the loop, in words."""
+        error = self.background_thread_status.fatal_error
+        return "its thread has ended" if error is None else " ".join(str(error).split()) or repr(error)
+
+    def discard(self) -> None:
+        """Stop, and give up what the loop or its end holds in memory."""
+        self.is_discarded = True
+        if self._generation_thread is not None:
+            self.stop(block=True, hard_stop=True)
+        self.batch_processor = None
+        error = self.background_thread_status.fatal_error
+        if error is not None:
+            error.__traceback__ = None  # its frames hold the tensors of the step that failed
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        try:
+            goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
+            self._scheduler.suspects.difference_update(self._cleared)
+            self._cleared = []
+            return goes_on
+        except Exception as error:
+            lost = [each for each in self.processors.step if self._is_active(each)]
+            if not is_out_of_memory(error) or not lost:
+                raise
+            cause = str(error).partition("\n")[0]
+        # Out here the error is gone, and with it its frames, which held the step's tensors.
+        logging.getLogger(__name__).error(
+            "A step of %d requests ran out of memory (%s); each is tried alone.", len(lost), cause
+        )
+        self._on_lost_step()
+        self._take_back(lost, f"there is not enough memory for it, even alone ({cause})")
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def _generation_step(self) -> None:
+        super()._generation_step()
+        broken = self.processors.end_step(self._outputs.output_ids[0])
+        sound = [each for each in self.processors.step if each.has_new_token and each not in broken]
+        self._cleared = [each.state.request_id for each in sound]
+        if broken:
+            logging.getLogger(__name__).warning(
+                "NaN or infinity in the logits of %d of a step's %d requests; each is tried alone.",
+                len(broken),
+                len(self.processors.step),
+            )
+            self._drop(broken)
+            self._take_back(broken, "the model computed NaN or infinity for its next token")
+
+    @property
+    def _outputs(self) -> ContinuousBatchingIOs:
+        assert self.batch_processor is not None
+        found = self.batch_processor.inputs_and_outputs
+        assert type(found) is ContinuousBatchingIOs, type(found)
+        return found
+
+    @property
+    def _scheduler(self) -> SuspectScheduler:
+        assert self.batch_processor is not None
+        found = self.batch_processor.scheduler
+        assert isinstance(found, SuspectScheduler), type(found)
+        return found
+
+    def _is_active(self, request: FutureRequestState) -> bool:
+        return self._scheduler.active_requests.get(request.state.request_id) is request.state
+
+    def _drop(self, broken: Sequence[FutureRequestState]) -> None:
+        """Take requests out of the step that has just run, before their states learn of its tokens."""
+        outputs, drawing = self._outputs, [each for each in self.processors.step if each.has_new_token]
+        kept = [place for place, each in enumerate(drawing) if each not in broken]
+        outputs.output_ids[0, : len(kept)] = outputs.output_ids[0, kept]
+        outputs.requests_in_batch = [each for each in outputs.requests_in_batch if each not in broken]
+
+    def _take_back(self, requests: Sequence[FutureRequestState], reason: str) -> None:
+        """Fail the request if it was alone in its step; else find out who is at fault."""
+        assert self.batch_processor is not None
+        cache, scheduler = self.batch_processor.cache, self._scheduler
+        if len(self.processors.step) > 1:
+            take_back(requests, scheduler, cache)
+            return
+        for each in requests:
+            row_of(each).error = reason
+            release(each.state, scheduler, cache)
+            self.output_router.fail_and_deliver(each.state, RuntimeError(reason))
+
     def _run_generation_loop(self) -> None:
         try:
             super()._run_generation_loop()
         finally:
-            self._on_end()
+            self._on_end(self)

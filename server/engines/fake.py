@@ -154,7 +154,7 @@ class FakeEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         health = self.healthy()
         if not health.ready:
-            raise EngineUnavailableError(health.reason)
+            raise EngineUnavailableError(health.reason, None if self._closed.is_set() else 1)
         num_prompt = self._checked_length(request)
         finished = False
         with self._in_force.held(request.mask_digest) as known:

@@ -126,6 +126,8 @@ class Row:
     def saw_prompt(self, begin: int, logits: Tensor) -> None:
         """Note the logits, float32 (places, vocabulary), of the prompt's tokens from place `begin` on."""
         assert self.num_prompt_logprobs is not None
+        if not logits.amax(dim=-1).isfinite().all():
+            self.error = "the model computed NaN or infinity in its prompt"
         tokens = self.prompt[begin : begin + len(logits)]
         found = zip(
             tokens, *_likeliest(logits.log_softmax(dim=-1), tokens, self.num_prompt_logprobs), strict=True

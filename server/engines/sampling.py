@@ -151,10 +151,12 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self._vocabulary = vocabulary
         self._noise = SeededNoise()
         self._needed = [True] * (len(self._warpers) + 1)
+        self.step: list[FutureRequestState] = []
+        self._drawing: list[FutureRequestState] = []
         # Of the step that runs: whose prompt is scored, from which place on, at which of the step's tokens.
         self.scored: list[tuple[Row, int, range]] = []
-        self._step: list[FutureRequestState] = []
         self._special: list[tuple[int, Row]] = []
+        self._peaks: Tensor | None = None
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
         self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
         self.do_processing = True
@@ -175,7 +177,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             values = [_keywords(each)[name] for each in requests_in_batch]
             arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
         drawing = [request for request in requests_in_batch if request.has_new_token]
-        self._step = requests_in_batch
+        self.step, self._drawing = requests_in_batch, drawing
         self.scored = []
         first = 0
         for request in requests_in_batch:
@@ -209,6 +211,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     ) -> Tensor:
         """`scores` (requests, vocabulary), of which the manager then takes the argmax."""
         rows = logits_processor_args[NUM_THRESHOLD_ROWS:]
+        self._peaks = scores.amax(dim=-1)
         scores = self._by_row(scores, Row.before_temperature)
         for number, (needed, warper) in enumerate(zip(self._needed, self._warpers, strict=False)):
             if needed:
@@ -217,13 +220,25 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
                 scores = self._by_row(scores, Row.after_temperature)
         if self._needed[-1]:
             scores = self._noise(scores, rows[len(self._warpers) :])
-        for place, row in self._special:
-            row.chosen(int(scores[place].argmax()))
         return scores
+
+    def end_step(self, tokens: Tensor) -> list[FutureRequestState]:
+        """Tell the rows the tokens drawn, int (requests with a new token,); the requests that got none.
+
+        A request gets none if its logits are no distribution. Their maximum shows it: it is NaN or infinity
+        if one of them is (minus infinity, a token that cannot come, only if all are). It is asked for here
+        and not in the step, when all of that has been computed: nothing has to wait for it.
+        """
+        assert self._peaks is not None
+        sound = self._peaks.isfinite().tolist()[: len(self._drawing)]
+        for place, row in self._special:
+            if sound[place]:
+                row.chosen(int(tokens[place]))
+        return [each for each, is_sound in zip(self._drawing, sound, strict=True) if not is_sound]
 
     def masks(self) -> list[Any]:
         """Under which mask each request of this step runs."""
-        return [_keywords(request)["mask"] for request in self._step]
+        return [_keywords(request)["mask"] for request in self.step]
 
     def _by_row(self, scores: Tensor, change: Callable[[Row, Tensor], Tensor]) -> Tensor:
         if not self._special:

@@ -4,22 +4,21 @@ Knows the model, its mask and the batching manager. Knows nothing of HTTP or set
 
 Each step, the manager packs the tokens of all running requests into one row. The arguments of each
 request, its threshold among them, ride in static storage that the model's forward receives
-(`sampling`); a pre-hook on the model expands thresholds to tokens, and the modulators' pre-hooks on
-the sites apply them (`masks`).
+(`sampling`); a pre-hook on the model expands thresholds to tokens (`steps`), and the modulators'
+pre-hooks on the sites apply them (`masks`).
 """
 
 import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -49,8 +48,10 @@ from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
 from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
-from server.engines.sampling import NUM_THRESHOLD_ROWS, RowArguments
+from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
+from server.engines.steps import hooked
+from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -62,6 +63,10 @@ _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
 class TransformersEngine:
     """An `Engine` on transformers. Raises, from the constructor, what keeps it from being ready.
+
+    A step that raises or a thread that dies ends all requests; manager and cache are then built anew on the
+    same model. After `max_failures` in a row without a finished answer `on_fatal` is called, on any thread,
+    and the engine stays as it is.
 
     Raises:
         ModelError: the model, its tokenizer or the sizes cannot be used.
@@ -83,15 +88,18 @@ class TransformersEngine:
         prefix_caching: bool = True,
         trust_remote_code: bool = False,
         allow_less_safe_levels: bool = False,
+        max_failures: int = DEFAULT_MAX_FAILURES,
+        on_fatal: Callable[[str], None] = leave_it,
     ) -> None:
         # What the manager says about its own choices at INFO is noise beside `describe`.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         loaded_mask = Mask.load(mask)
-        if not allow_less_safe_levels:
-            refuse_less_safe(loaded_mask)
+        self._allows_less_safe = allow_less_safe_levels
+        self._refuse_less_safe(loaded_mask)
         on_device = resolve_device(device)
         in_dtype = resolve_dtype(dtype, on_device.value)
+        self._model_name = model
         self._model = load_model(
             model, device=on_device.value, dtype=in_dtype.value, trust_remote_code=trust_remote_code
         )
@@ -107,8 +115,6 @@ class TransformersEngine:
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary)
         self._grammars = Grammars(tokenizer, self._vocabulary, ends)
-        # As the processors have it, with the tokens as a tensor.
-        self._scored: list[tuple[Row, int, Tensor]] = []
         self._info = EngineInfo(
             model_id=served_model_name,
             max_model_len=int(sizes.max_model_len.value),
@@ -124,59 +130,60 @@ class TransformersEngine:
             },
         )
         self._numbers = itertools.count()
-        self._open: dict[str, asyncio.Queue[GenerationOutput | None]] = {}
+        self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
-        batching = ContinuousBatchingConfig(
-            page_size=_PAGE_SIZE,
-            num_blocks=sizes.num_pages,
-            max_batch_tokens=max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
-            max_requests_per_batch=max_num_seqs,
-            allow_block_sharing=prefix_caching,
+        self._batching: dict[str, Any] = {
+            "page_size": _PAGE_SIZE,
+            "num_blocks": sizes.num_pages,
+            "max_batch_tokens": max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
+            "max_requests_per_batch": max_num_seqs,
+            "allow_block_sharing": prefix_caching,
             # Both would switch themselves on on some GPUs; neither has been tested with modulation.
-            auto_switch_to_flash=False,
-            use_cuda_graph=False,
+            "auto_switch_to_flash": False,
+            "use_cuda_graph": False,
             # Penalties and grammars need to know a step's token before the next one begins.
-            use_async_batching=False,
+            "use_async_batching": False,
+        }
+        self._supervisor = Supervisor(
+            self._start_manager,
+            self._stop_manager,
+            lambda: self._manager.is_serving,
+            max_failures=max_failures,
+            on_fatal=on_fatal,
         )
-        generation = generation_config(ends)
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            hook = self._model.register_forward_pre_hook(self._set_thresholds, with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.callback(self._model.register_forward_hook(self._take_scored).remove)
-            self._manager = LevelManager(self._model, generation, batching, self._on_end)
-            try:
-                self._manager.warmup()  # allocates the cache here, so that a failure is raised here
-            except (MemoryError, RuntimeError, ValueError) as error:
-                raise ModelError(
-                    f"A KV cache of {sizes.cache_tokens} tokens for {max_num_seqs} requests at once cannot "
-                    f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
-                ) from error
-            stack.callback(self._stop_manager)
-            self._manager.start()
-            self._probe(model)
-            self._manager.deliver_to_handlers_only()
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
+            self._manager = self._new_manager()
+            stack.callback(self._supervisor.close)
+            self._supervisor.begin()
             self._hooks = stack.pop_all()
 
     def describe(self) -> EngineInfo:
         return self._info
 
     async def use_mask(self, mask: Mask) -> EngineInfo:
+        self._refuse_less_safe(mask)
         await self._masks.use(mask)
         self._info = replace(self._info, levels=mask.levels, mask_digest=mask.digest)
         return self._info
 
+    def _refuse_less_safe(self, mask: Mask) -> None:
+        if not self._allows_less_safe:
+            refuse_less_safe(mask)
+
     def healthy(self) -> EngineHealth:
-        processor = self._manager.batch_processor
-        scheduler = processor.scheduler if processor is not None else None
         reason = self._why_not_ready()
+        if reason is not None:
+            return EngineHealth(False, reason, 0, 0)
+        manager = self._manager
+        processor = manager.batch_processor
+        scheduler = processor.scheduler if processor is not None else None
         return EngineHealth(
-            ready=reason is None,
-            reason=reason or "",
+            ready=True,
+            reason="",
             num_running=len(scheduler.active_requests) if scheduler else 0,
-            num_waiting=(len(scheduler.waiting_requests) if scheduler else 0)
-            + self._manager.input_queue.qsize(),
+            num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -199,6 +206,7 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
             prompt, limit, row = await asyncio.to_thread(self._prepared, request)
@@ -216,6 +224,8 @@ class TransformersEngine:
                     known = self._known(row, seen, len(tokens))
                     seen += len(tokens)
                     finish = self._finish_reason(step)
+                    if finish:
+                        self._supervisor.succeeded()
                     yield Output(
                         text=text.push(tokens) + (text.finish() if finish else ""),
                         token_ids=tokens,
@@ -234,32 +244,32 @@ class TransformersEngine:
             EngineUnavailableError: the manager has ended.
             GenerationError: the request cannot go on.
         """
-        self._loop = asyncio.get_running_loop()
+        self._loop, manager = asyncio.get_running_loop(), self._manager
         outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        self._open[name] = outputs
+        self._open[name] = manager, outputs
         try:
-            self._manager.register_result_handler(name, outputs.put_nowait)
-            added = self._manager.add_request(
+            manager.register_result_handler(name, outputs.put_nowait)
+            added = manager.add_request(
                 prompt,
                 request_id=name,
                 max_new_tokens=max(1, limit),
                 streaming=True,
                 **arguments.as_keywords(),
             )
-            if added is None or not self._manager.is_running():
+            if added is None or not manager.is_running():
                 raise self._unavailable()
             while True:
                 step = await outputs.get()
-                if step is None or step.error is not None:
-                    raise self._unavailable(step.error if step else None)
                 if arguments.row.error is not None:
                     raise GenerationError(f"This answer could not go on: {arguments.row.error}.")
+                if step is None or step.error is not None:
+                    raise self._unavailable(step.error if step else manager.why_ended)
                 yield step
                 if step.is_finished():
                     return
         finally:
             del self._open[name]
-            self._manager.forget(name)
+            manager.forget(name)
 
     def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
         """The prompt's tokens, the most that may be generated, and the request's row."""
@@ -308,12 +318,38 @@ class TransformersEngine:
         return Candidate(token_id, text, spelling, logprob)
 
     async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         await asyncio.to_thread(self._hooks.close)
 
-    def _probe(self, model: str) -> None:
+    def _new_manager(self) -> LevelManager:
+        generation = generation_config(self._text.stop_ids)
+        batching = ContinuousBatchingConfig(**self._batching)
+        return LevelManager(self._model, generation, batching, self._masks.forget_step, self._on_end)
+
+    def _start_manager(self) -> None:
+        """Build manager and cache, and serve with them.
+
+        Raises:
+            ModelError: there is no memory for the cache, or the model cannot be served.
+        """
+        if self._manager.is_discarded:
+            self._manager = self._new_manager()
+        try:
+            self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+        except (MemoryError, RuntimeError, ValueError) as error:
+            details, number = self._info.details, self._batching["max_requests_per_batch"]
+            raise ModelError(
+                f"A KV cache of {details['kv_cache_tokens']} tokens for {number} requests at once cannot "
+                f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
+            ) from error
+        self._manager.start()
+        self._probe()
+        self._manager.deliver_to_handlers_only()
+
+    def _stop_manager(self) -> None:
+        self._manager.discard()
+        self._masks.forget_step()
+
+    def _probe(self) -> None:
         """Run a few steps at mixed levels: an engine that returns from its constructor can serve.
 
         Raises:
@@ -330,50 +366,21 @@ class TransformersEngine:
                 **self._arguments(request, Row(prompt, request.sampling), mask.value).as_keywords(),
             )
         for _ in self._info.levels:
-            output = self._manager.get_result(timeout=_PROBE_TIMEOUT_SECONDS)
+            output = self._probed()
             if output is None or output.error is not None:
                 raise ModelError(
-                    f"Model {model!r} ({type(self._model).__name__}) cannot run in transformers' "
+                    f"Model {self._model_name!r} ({type(self._model).__name__}) cannot run in transformers' "
                     f"continuous batching: {output.error if output else 'no answer in time'}."
                 )
 
-    def _stop_manager(self) -> None:
-        self._manager.stop(block=True, hard_stop=True)
-
-    def _set_thresholds(
-        self, _model: nn.Module, args: Any, step: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        """Before each step: one threshold per token, from one per request."""
-        per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
-        ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
-        num_tokens = step["input_ids"].shape[-1]
-        tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
-        # A padding token lies beyond the last end; it takes the last request's threshold.
-        owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
-        self._masks.before_step(per_request, owner, self._manager.processors.masks())
-        self._scored = [
-            (row, place, torch.arange(tokens.start, tokens.stop, dtype=ends.dtype, device=ends.device))
-            for row, place, tokens in self._manager.processors.scored
-        ]
-        if not self._scored or "logits_to_keep" not in step:
-            return None
-        kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
-        return args, step | {"logits_to_keep": kept}
-
-    def _take_scored(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
-        if not self._scored:
-            return
-        logits: Tensor = output.logits
-        num_scored = sum(len(tokens) for _, _, tokens in self._scored)
-        if self._manager.keeps_logits:
-            scored = logits[0, -num_scored:]
-            output.logits = logits[:, :-num_scored]
-        else:
-            scored = logits[0, torch.cat([tokens for _, _, tokens in self._scored])]
-        for row, place, tokens in self._scored:
-            row.saw_prompt(place, scored[: len(tokens)].float())
-            scored = scored[len(tokens) :]
+    def _probed(self) -> GenerationOutput | None:
+        """The next answer of a probe; None: too late, or the engine is being closed."""
+        deadline = time.monotonic() + _PROBE_TIMEOUT_SECONDS
+        while time.monotonic() < deadline and not self._supervisor.is_closed:
+            output = self._manager.get_result(timeout=1.0)
+            if output is not None or not self._manager.is_running():
+                return output
+        return None
 
     def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._info.max_model_len - num_prompt_tokens
@@ -414,30 +421,30 @@ class TransformersEngine:
         ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
         return "stop" if ended else "length"
 
-    def _on_end(self) -> None:
-        """The manager's loop has ended: nothing more will come, so nobody must wait for it."""
+    def _on_end(self, manager: LevelManager) -> None:
+        """A manager's loop has ended: nothing more will come, so nobody must wait for it."""
+        if manager is self._manager:
+            self._supervisor.ended(manager.why_ended)
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._fail_open_requests)
+            self._loop.call_soon_threadsafe(self._fail_open_requests, manager)
 
-    def _fail_open_requests(self) -> None:
-        for outputs in self._open.values():
-            outputs.put_nowait(None)
+    def _fail_open_requests(self, manager: LevelManager) -> None:
+        for owner, outputs in self._open.values():
+            if owner is manager:
+                outputs.put_nowait(None)
 
     def _why_not_ready(self) -> str | None:
-        if self._closed:
-            return "the engine is closed"
-        error = self._manager.background_thread_status.fatal_error
-        if error is not None:
-            return f"the engine has stopped: {error}"
-        if not self._manager.is_running():
-            return "the engine is not running"
-        refusal = self._manager.background_thread_status.can_accept_new_requests()
-        return refusal and refusal.removesuffix(".")
+        serves = self._manager.is_serving
+        return self._supervisor.reason or (None if serves else "the engine has stopped")
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:
             raise self._unavailable()
 
-    def _unavailable(self, error: str | None = None) -> EngineUnavailableError:
-        reason = (None if self._closed else error) or self._why_not_ready() or "the engine has stopped"
-        return EngineUnavailableError(f"No answer can be generated: {reason}.")
+    def _unavailable(self, cause: str | None = None) -> EngineUnavailableError:
+        closed = self._supervisor.is_closed
+        reason = (None if closed else cause) or self._why_not_ready() or "the engine has stopped"
+        return EngineUnavailableError(
+            f"No answer can be generated: {reason}.",
+            None if closed else self._supervisor.retry_after_seconds,
+        )

@@ -85,8 +85,17 @@ async def test_a_mask_less_safe_than_its_names_is_served_only_if_told_so(tmp_pat
     metadata = MaskMetadata(**mask.metadata.model_dump() | {"evaluation": evaluation})
     file = tmp_path / "mask.safetensors"
     type(mask)(mask.safety, mask.utility, metadata).save(file)
-    with pytest.raises(UnsafeMaskError, match=r"90\.0% of attacks succeed against 10\.0%"):
+    said = r"90\.0% of attacks succeed against 10\.0%"
+    with pytest.raises(UnsafeMaskError, match=said):
         TransformersEngine(str(folder), file, served_model_name="tiny")
+    mask.save(tmp_path / "sound.safetensors")
+    engine = TransformersEngine(str(folder), tmp_path / "sound.safetensors", served_model_name="tiny")
+    try:
+        with pytest.raises(UnsafeMaskError, match=said):
+            await engine.use_mask(type(mask).load(file))
+        assert engine.describe().mask_digest == mask.digest
+    finally:
+        await engine.close()
     settings = read_settings(
         {"model": str(folder), "mask": str(file), "allow_less_safe_levels": True, "kv_cache_tokens": 1024}
     )

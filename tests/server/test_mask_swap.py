@@ -1,6 +1,7 @@
 """`POST /admin/mask` and SIGHUP: a mask that fits is in force at once, any other changes nothing."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,25 @@ async def test_only_an_admin_may(admin: httpx.AsyncClient, engine: FakeEngine) -
 )
 async def test_fields_are_read_strictly(admin: httpx.AsyncClient, body: dict[str, object], code: str) -> None:
     error_of(await admin.post(URL, json=body), 400, code)
+
+
+async def test_every_swap_is_a_line_of_the_audit_log(
+    folder: Path, tmp_path: Path, engine: FakeEngine, mask: Mask
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    keys = key_file(tmp_path / "keys.yaml", root={"role": "admin"})
+    app = create_app(Settings(engine="fake", keys=keys, mask_dir=folder, audit_log=log), engine)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://server", headers=bearer("root")
+        ) as client:
+            for name in ("good.safetensors", "none.safetensors"):
+                await client.post(URL, json={"path": name})
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    swaps = [(line["what"], line["ok"]) for line in lines if line["event"] == "reload"]
+    assert swaps == [("mask", True), ("mask", False)]
+    assert mask.digest in lines[0]["detail"] and "none.safetensors" in lines[1]["detail"]
 
 
 async def test_one_swap_ends_before_the_next_begins(folder: Path, engine: FakeEngine) -> None:

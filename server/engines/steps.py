@@ -1,0 +1,72 @@
+"""What happens around each forward pass of a step: thresholds before it, the logits of prompts after it.
+
+Knows the arguments that the manager passes to the model. Knows nothing of requests beyond their rows and
+masks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from server.engines.batching import LevelManager
+from server.engines.masks import Masks
+from server.engines.rows import Row
+from server.engines.sampling import NUM_THRESHOLD_ROWS
+
+
+@contextmanager
+def hooked(model: PreTrainedModel, masks: Masks, manager: Callable[[], LevelManager]) -> Iterator[None]:
+    """Within the block, the model's passes are steps of the manager, modulated by `masks`.
+
+    `manager` is asked at each step: managers come and go.
+    """
+    steps = _Steps(masks, manager)
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(steps.before, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(steps.after).remove)
+        yield
+
+
+class _Steps:
+    def __init__(self, masks: Masks, manager: Callable[[], LevelManager]) -> None:
+        self._masks = masks
+        self._manager = manager
+        # As the processors have it, with the tokens as a tensor.
+        self._scored: list[tuple[Row, int, Tensor]] = []
+
+    def before(self, _model: nn.Module, args: Any, step: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before each step: one threshold per token, from one per request."""
+        per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
+        ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
+        num_tokens = step["input_ids"].shape[-1]
+        tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
+        # A padding token lies beyond the last end; it takes the last request's threshold.
+        owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
+        self._masks.before_step(per_request, owner, self._manager().processors.masks())
+        self._scored = [
+            (row, place, torch.arange(tokens.start, tokens.stop, dtype=ends.dtype, device=ends.device))
+            for row, place, tokens in self._manager().processors.scored
+        ]
+        if not self._scored or "logits_to_keep" not in step:
+            return None
+        kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
+        return args, step | {"logits_to_keep": kept}
+
+    def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
+        """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
+        if not self._scored:
+            return
+        logits: Tensor = output.logits
+        num_scored = sum(len(tokens) for _, _, tokens in self._scored)
+        if self._manager().keeps_logits:
+            scored = logits[0, -num_scored:]
+            output.logits = logits[:, :-num_scored]
+        else:
+            scored = logits[0, torch.cat([tokens for _, _, tokens in self._scored])]
+        for row, place, tokens in self._scored:
+            row.saw_prompt(place, scored[: len(tokens)].float())
+            scored = scored[len(tokens) :]
