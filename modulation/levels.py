@@ -148,6 +148,7 @@ class SafetyLevels:
 
         - Nothing is less safe than (0, 0), and nothing but (0, 0) itself is as little safe.
         - `one` activates at least as many safety neurons and at most as many utility neurons.
+        - Both are what whole numbers stand for (as `parse` has it), and `one`'s number is at least `other`'s.
         - Both are thresholds of standard names, and `one`'s comes earlier in `security-critical`,
           `balanced`, `utility-priority`, whatever numbers the mask gives them.
 
@@ -157,11 +158,23 @@ class SafetyLevels:
         reached, waiting = {one}, [one]
         while waiting:
             here = waiting.pop()
-            safest = next((i for i, each in enumerate(named) if _dominates(here, each)), len(named))
+            safest = next((i for i, each in enumerate(named) if self._is_above(here, each)), len(named))
             new = set(named[safest:]) - reached
             reached |= new
             waiting += new
-        return any(_dominates(each, other) for each in reached)
+        return any(self._is_above(each, other) for each in reached)
+
+    def _is_above(self, one: Threshold, other: Threshold) -> bool:
+        """Whether `one` dominates `other`, or a number's threshold that is not below another's which does."""
+        if _dominates(one, other):
+            return True
+        least = max(1, other.num_safety)
+        dominates_its_number = one.num_utility <= self._proportional(one.num_safety)
+        return (
+            least <= one.num_safety
+            and dominates_its_number
+            and self._proportional(least) <= other.num_utility
+        )
 
     def accepted(self) -> str:
         """One sentence that lists what `parse` accepts."""

@@ -1,5 +1,8 @@
 """What a request's level may be, and what is refused."""
 
+import math
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,16 +98,25 @@ def test_a_threshold_is_never_negative() -> None:
         Threshold(3, -1)
 
 
+def number(n: int, reference: Threshold) -> Threshold:
+    """What the whole number n stands for."""
+    return Threshold(
+        n, math.floor(Fraction(n * reference.num_utility, reference.num_safety) + Fraction(1, 2))
+    )
+
+
 def closed(thresholds: set[Threshold], levels: SafetyLevels) -> set[tuple[Threshold, Threshold]]:
-    """The order as a relation, by Floyd and Warshall from its three rules."""
+    """The order as a relation, by Floyd and Warshall from its four rules."""
     zero = Threshold(0, 0)
+    numbers = [number(n, levels.named["security-critical"]) for n in range(1, 7)]
     names = [levels.named[name] for name in ("security-critical", "balanced", "utility-priority")]
     pairs = set()
     for one in thresholds:
         for other in thresholds:
             dominates = one.num_safety >= other.num_safety and one.num_utility <= other.num_utility
             named = any(one == names[i] and other in names[i:] for i in range(len(names)))
-            if other == zero or (one != zero and (dominates or named)):
+            numbered = one in numbers and other in numbers and one.num_safety >= other.num_safety
+            if other == zero or (one != zero and (dominates or named or numbered)):
                 pairs.add((one, other))
     for middle in thresholds - {zero}:
         for one in thresholds:
@@ -122,7 +134,8 @@ def test_the_order_is_the_closure_of_its_rules(
 ) -> None:
     names = ("security-critical", "balanced", "utility-priority")
     levels = SafetyLevels(dict(zip(names, named, strict=True)), Threshold(6, 6))
-    thresholds = {*others, *named, Threshold(0, 0)}
+    numbers = {number(n, named[0]) for n in range(1, 7)}
+    thresholds = {*others, *named, *numbers, Threshold(0, 0)}
     expected = closed(thresholds, levels)
     for one in thresholds:
         for other in thresholds:

@@ -337,7 +337,7 @@ def test_no_request_at_all_is_answered_below_the_floor(
     if response.status_code == 200:
         assert response.headers["x-safety-level"] in ADMITTED["balanced"]
         num_safety, num_utility = map(int, response.headers["x-safety-neurons"].split(","))
-        assert num_safety >= 32 and (num_utility <= 24 or (num_safety, num_utility) == (64, 32))
+        assert num_safety >= 32 and (num_utility <= 24 or num_utility == (num_safety + 1) // 2)
 
 
 @pytest.fixture(scope="module")

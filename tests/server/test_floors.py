@@ -20,16 +20,11 @@ ADMITTED: dict[str | int | None, set[str]] = {
     None: {"off", "utility-priority", "balanced", "security-critical", *map(str, NUMBERS)},
     "off": {"off", "utility-priority", "balanced", "security-critical", *map(str, NUMBERS)},
     0: {"off", "utility-priority", "balanced", "security-critical", *map(str, NUMBERS)},
-    "utility-priority": {
-        *("utility-priority", "balanced", "security-critical"),
-        *map(str, range(8, 33)),  # at least 8, at most 16
-        *map(str, range(33, 49)),  # at least as safe as balanced
-        "64",
-    },
-    "balanced": {"balanced", "security-critical", *map(str, range(32, 49)), "64"},
-    "security-critical": {"security-critical", "64"},
-    "9": {"9", "10"},  # (9, 5) and (10, 5)
-    64: {"64", "security-critical", "balanced", "utility-priority"} - {"balanced", "utility-priority"},
+    "utility-priority": {"utility-priority", "balanced", "security-critical", *map(str, range(8, 129))},
+    "balanced": {"balanced", "security-critical", *map(str, range(32, 129))},
+    "security-critical": {"security-critical", *map(str, range(64, 129))},
+    "9": {"security-critical", *map(str, range(9, 129))},  # but not balanced: (32, 24) against (32, 16)
+    64: {"security-critical", *map(str, range(64, 129))},
 }
 ASKED: tuple[str | int, ...] = ("off", "utility-priority", "balanced", "security-critical", *NUMBERS)
 
@@ -84,7 +79,7 @@ def test_a_floor_that_the_mask_does_not_have_admits_nothing(floor: str | int) ->
         (ANONYMOUS, "off", "off"),
         (Caller("a", floor="balanced"), "security-critical", "security-critical"),
         (Caller("a", floor="balanced"), "off", "balanced"),
-        (Caller("a", floor="balanced"), "60", "balanced"),  # cannot be compared
+        (Caller("a", floor=60), "balanced", "60"),  # cannot be compared
         (Caller("a", floor="balanced", default="security-critical"), "off", "security-critical"),
         (Caller("a", floor=40), "off", "40"),
         (Caller("a", default="off"), "balanced", "off"),
@@ -114,7 +109,7 @@ def test_what_is_refused_names_the_floor_and_what_it_admits() -> None:
         (Caller("mobile", floor="nope"), "'mobile', floor: Safety level 'nope' is not known"),
         (Caller("mobile", default="129"), "'mobile', default: Safety level 129 asks for more"),
         (Caller("mobile", floor="balanced", default="off"), "'mobile', default: 'off' is not at least"),
-        (Caller("mobile", floor="balanced", default=60), "'mobile', default: '60' is not at least"),
+        (Caller("mobile", floor="balanced", default=30), "'mobile', default: '30' is not at least"),
     ],
 )
 def test_a_floor_or_default_that_cannot_be_is_named_with_its_key(caller: Caller, words: str) -> None:

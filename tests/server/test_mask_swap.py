@@ -114,7 +114,7 @@ async def test_every_swap_is_a_line_of_the_audit_log(
 ) -> None:
     log = tmp_path / "audit.jsonl"
     keys = key_file(tmp_path / "keys.yaml", root={"role": "admin"})
-    app = create_app(Settings(engine="fake", keys=keys, mask_dir=folder, audit_log=log), engine)
+    app = create_app(Settings(engine="fake", keys=keys, mask_dir=folder, audit_log=str(log)), engine)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(
