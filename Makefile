@@ -43,16 +43,18 @@ bench: install
 load: install
 	$(BIN)/python -m benchmarks.overload $(ARGS)
 
-# Requests made up from the OpenAPI document, against both engines: no answer may be undocumented or a failure.
+# Requests made up from the OpenAPI document, against both engines, without keys and with one: no answer may be undocumented or a failure.
 FUZZ_EXAMPLES ?= 500
 FUZZ_PORT ?= 8765
 
 fuzz: install
-	for engine in fake transformers; do \
-	  $(BIN)/neurontune serve --engine $$engine --port $(FUZZ_PORT) --log-level error & server=$$!; \
+	mkdir -p build && rm -f build/fuzz-keys.yaml
+	key=$$($(BIN)/neurontune keys add --file build/fuzz-keys.yaml --name fuzz --role admin --floor off | tail -1); \
+	for flags in "--engine fake" "--engine transformers" "--engine transformers --keys build/fuzz-keys.yaml"; do \
+	  $(BIN)/neurontune serve $$flags --port $(FUZZ_PORT) --log-level error & server=$$!; \
 	  SCHEMATHESIS_HOOKS=tests.clients.fuzzing $(BIN)/schemathesis run --wait-for-schema 60 --request-timeout 30 \
-	    --checks $(FUZZ_CHECKS) --max-examples $(FUZZ_EXAMPLES) --generation-database none \
-	    --continue-on-failure $(ARGS) http://127.0.0.1:$(FUZZ_PORT)/openapi.json; \
+	    --header "Authorization: Bearer $$key" --checks $(FUZZ_CHECKS) --max-examples $(FUZZ_EXAMPLES) \
+	    --generation-database none --continue-on-failure $(ARGS) http://127.0.0.1:$(FUZZ_PORT)/openapi.json; \
 	  status=$$?; kill $$server; wait $$server; test $$status -eq 0 || exit $$status; \
 	done
 

@@ -231,7 +231,7 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         Exception: INTERNAL_ERROR,
         EngineUnavailableError: ErrorKind(503, "server_error", "engine_unavailable"),
         ShuttingDownError: ErrorKind(503, "server_error", "shutting_down"),
-        DeadlineExceededError: ErrorKind(504, "server_error", "deadline_exceeded"),
+        DeadlineExceededError: ErrorKind(408, "invalid_request_error", "deadline_exceeded"),
     }
 )
 

@@ -70,7 +70,7 @@ def answering(body: type[BaseModel], answer: Literal["ChatCompletion", "Completi
     }
     return {
         "openapi_extra": _body(body) | {"parameters": [_LEVEL, _TIMEOUT]},
-        "responses": {200: answered, **failing(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
+        "responses": {200: answered, **failing(400, 401, 403, 404, 408, 413, 429, 500, 503)},
     }
 
 
@@ -78,7 +78,7 @@ def reading(body: type[BaseModel], **properties: dict[str, Any]) -> dict[str, An
     """Arguments of a route that reads a body and generates nothing: it answers with these properties."""
     return {
         "openapi_extra": _body(body),
-        "responses": telling(400, 401, 404, 408, 413, 429, 503, 504, **properties),
+        "responses": telling(400, 401, 404, 408, 413, 429, 503, **properties),
     }
 
 

@@ -36,11 +36,11 @@ async def test_two_timeouts_that_differ_are_refused(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(("stream", "wait_at"), [(False, 0), (False, 5), (True, 0)])
-async def test_before_the_first_byte_the_end_is_504_and_the_engine_is_free(
+async def test_before_the_first_byte_the_end_is_408_and_the_engine_is_free(
     ask: Ask, engine: FakeEngine, control: Control, client: httpx.AsyncClient, stream: bool, wait_at: int
 ) -> None:
     control.wait_at = wait_at
-    error = error_of(await ask(headers=SOON, stream=stream), 504, "deadline_exceeded")
+    error = error_of(await ask(headers=SOON, stream=stream), 408, "deadline_exceeded")
     assert "0.1 s" in error["message"]
     assert engine.num_aborted == 1 and is_idle(engine)
     assert 'neurontune_refusals_total{reason="deadline"} 1.0' in (await client.get("/metrics")).text
@@ -65,7 +65,7 @@ async def test_waiting_for_room_counts(control: Control) -> None:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         running = asyncio.create_task(client.post(CHAT, json=body))
         await until(lambda: engine.healthy().num_running == 1)
-        error_of(await client.post(CHAT, json=body, headers=SOON), 504, "deadline_exceeded")
+        error_of(await client.post(CHAT, json=body, headers=SOON), 408, "deadline_exceeded")
         assert engine.healthy().num_running == 1 and engine.healthy().num_waiting == 0
         control.gate.set()
         assert (await running).status_code == 200
@@ -78,7 +78,7 @@ async def test_the_setting_is_the_default_and_the_most(engine: FakeEngine, contr
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         for headers in ({}, {"X-Request-Timeout": "1000"}):
-            error_of(await client.post(CHAT, json=body, headers=headers), 504, "deadline_exceeded")
+            error_of(await client.post(CHAT, json=body, headers=headers), 408, "deadline_exceeded")
 
 
 async def test_a_body_that_does_not_arrive_is_408(engine: FakeEngine) -> None:
