@@ -9,7 +9,7 @@ the mask that ships.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, Final
@@ -21,7 +21,7 @@ from modulation.demo.masking import ACTIVE_SHARE, TUNING_PROMPTS_PER_TOPIC, Benc
 from modulation.demo.splits import all_records, learning_records, validation_records
 from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
-from modulation.masks import Mask
+from modulation.masks import Mask, NeuronSet
 from modulation.modulator import Modulator
 from modulation.rivals.choice import best
 from modulation.rivals.layer_scaling import LayerScaling, layers_scaled, scaling_settings
@@ -93,6 +93,7 @@ class Rivals:
         yield Row("attributed neurons, not pruned", "control", self._not_pruned)
         yield Row("random neurons, learned factors", "control", self._random_learned)
         yield Row("random candidates, pruned", "control", self._random_pruned)
+        yield Row("random neurons, our factors", "control", self._random_with_ours)
         yield Row("random neurons, fixed factors", "control", self._random_fixed)
         for name in FIXED_METHODS:
             yield Row(name, "rival", lambda name=name: self._fixed(name))  # type: ignore[misc]
@@ -144,9 +145,11 @@ class Rivals:
         mask = self._mask(scores, setting.share, (setting.safety_factor, UTILITY_FACTOR))
         return self._at(mask, whole(mask))[0], str(setting)
 
+    def _random_with_ours(self) -> tuple[Applied, str]:
+        return self._at(with_random_neurons(self.bench, self.ours), self.ours.levels.named[SECURITY_CRITICAL])
+
     def _random_scores(self, seed: int) -> Scores:
-        method = with_options("random", {"seed": seed})
-        return self.bench.scores(method, learning_records(self.bench.seed))
+        return _random_scores(self.bench, seed)
 
     def _mask(self, scores: Scores, share: float, factors: tuple[float, float]) -> Mask:
         neurons = top_neurons(scores, *counts(self.bench.model, share))
@@ -211,3 +214,18 @@ class Rivals:
         screen = margin_screen(self.bench.model, self.bench.tokenizer, examples(sample))
         measure = generation_measure(self.bench.model, self.bench.tokenizer)
         return best(settings, apply, records, measure, screen=screen, num_generated=NUM_GENERATED)[0]
+
+
+def with_random_neurons(bench: Bench, mask: Mask) -> Mask:
+    """Other neurons, drawn from all, with the factors of the mask's, rank by rank."""
+    scores = _random_scores(bench, 200 + bench.seed)
+    safety, utility = top_neurons(scores, len(mask.safety), len(mask.utility))
+    return replace(
+        mask,
+        safety=NeuronSet(safety, mask.safety.factors),
+        utility=NeuronSet(utility, mask.utility.factors),
+    )
+
+
+def _random_scores(bench: Bench, seed: int) -> Scores:
+    return bench.scores(with_options("random", {"seed": seed}), learning_records(bench.seed))

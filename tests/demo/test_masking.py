@@ -14,7 +14,7 @@ from modulation.demo.comparison import compare, comparison_table
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
 from modulation.demo.masking import ACTIVE_SHARE, PRUNED, Bench, examples
-from modulation.demo.rivals import FIXED_METHODS, Rivals, Row
+from modulation.demo.rivals import FIXED_METHODS, Rivals, Row, with_random_neurons
 from modulation.demo.splits import (
     VALIDATION_FAMILIES,
     all_records,
@@ -42,7 +42,7 @@ def mask() -> Mask:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(seed: int) -> None:
-    learning, validation = learning_records(seed, 2), validation_records(seed, 4)
+    learning, validation = learning_records(seed, 8), validation_records(seed, 5)
     held = {
         record.prompt
         for kind in ("harmful", "benign", "borderline")
@@ -93,6 +93,7 @@ def test_every_method_and_rival_has_a_row(bench: Bench, mask: Mask) -> None:
         "attributed neurons, not pruned",
         "random neurons, learned factors",
         "random candidates, pruned",
+        "random neurons, our factors",
     )
     assert set(controls) < set(names)
 
@@ -126,7 +127,21 @@ def test_controls_learn_as_long_as_ours_and_are_pruned_where_they_say_so(bench: 
     }.items():
         prepared.pop(name)()
         assert noting.noted.pop() == expected, name
-    assert not prepared
+    assert list(prepared) == ["random neurons, our factors"]
+
+
+def test_random_neurons_with_our_factors_are_others_with_the_same_factors(bench: Bench, mask: Mask) -> None:
+    row = next(
+        row for row in Rivals(bench, mask, TuningSettings()).rows() if row.name.endswith("our factors")
+    )
+    _, chosen = row.prepare()
+    threshold = mask.levels.named["security-critical"]
+    assert chosen == f"({threshold.num_safety}, {threshold.num_utility})"
+    random = with_random_neurons(bench, mask)
+    for drawn, ours in ((random.safety, mask.safety), (random.utility, mask.utility)):
+        assert drawn.factors.tolist() == ours.factors.tolist()
+        same = set(map(tuple, drawn.neurons.tolist())) & set(map(tuple, ours.neurons.tolist()))
+        assert len(same) <= 3, same
 
 
 def few() -> list[Record]:
