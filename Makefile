@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check audit fix bench load fuzz reproduce clean
+.PHONY: install serve test check audit fix bench load soak fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,11 @@ bench: install
 # Ten times as many clients as the server runs requests at once, for two minutes; fails if a check does.
 load: install
 	$(BIN)/python -m benchmarks.overload $(ARGS)
+
+# Twenty minutes of clients that leave, stall and ask what is wrong, and of masks that are swapped; fails if anything
+# is lost.
+soak: install
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Requests made up from the OpenAPI document, against both engines: no answer may be undocumented or a failure.
 FUZZ_EXAMPLES ?= 500
