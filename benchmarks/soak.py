@@ -29,7 +29,7 @@ from benchmarks.serving import Served, served, value_of
 from benchmarks.soaking.asked import LEVELS, MAX_BODY_BYTES, MAX_MESSAGES, PROMPTS, ROOT, Asked, bearer
 from benchmarks.soaking.auditing import deviations, endings
 from benchmarks.soaking.clients import Client, run_clients
-from benchmarks.soaking.judging import Names, Reference, References, names_of, reference_of
+from benchmarks.soaking.judging import Names, Reference, References, differ, names_of, reference_of
 from benchmarks.soaking.operator import FIRST, Folder, Operator, records
 from benchmarks.soaking.tally import Tally
 from benchmarks.wire import Connection, Raw
@@ -167,10 +167,10 @@ class Soak:
 
 def _num_different(references: References) -> int:
     """How many requests are answered otherwise under the other mask; none: nothing would tell masks apart."""
-    texts: dict[tuple[str, ...], set[str]] = {}
+    by_names: dict[tuple[str, ...], list[Reference]] = {}
     for (_, *names), each in references.items():
-        texts.setdefault(tuple(names), set()).add(each.text)
-    return sum(len(each) > 1 for each in texts.values())
+        by_names.setdefault(tuple(names), []).append(each)
+    return sum(differ(*pair) for pair in by_names.values())
 
 
 def everything() -> Iterator[tuple[str, str, str]]:
@@ -212,6 +212,7 @@ def _report(arguments: argparse.Namespace, soak: "Soak", told: dict[str, Any], f
         "statuses": dict(sorted(measured.statuses.items())),
         "answered": dict(measured.answered.most_common()),
         "tokens": measured.num_tokens,
+        "deviation": f"{measured.deviation:.1e}",
         "faults": measured.faults.total(),
         "lost": len(all_of_it.lost),
         "memory_mb": {"before": round(before["memory_mb"], 1), "after": round(after["memory_mb"], 1)},

@@ -147,6 +147,7 @@ class Said:
 
     text: str = ""
     tokens: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
 
 
@@ -158,7 +159,8 @@ def choices(parts: list[dict[str, Any]]) -> dict[int, Said]:
         content = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
         one.text += content.get("content") or ""
         found = choice.get("logprobs") or {}
-        one.tokens += [each["token"] for each in found.get("content") or ()]
-        one.tokens += found.get("tokens") or ()
+        chat = found.get("content") or ()
+        one.tokens += found.get("tokens") or [each["token"] for each in chat]
+        one.logprobs += found.get("token_logprobs") or [each["logprob"] for each in chat]
         one.finish = choice.get("finish_reason") or one.finish
     return said

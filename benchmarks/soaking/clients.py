@@ -27,7 +27,7 @@ from benchmarks.soaking.asked import (
     right,
     wrong_requests,
 )
-from benchmarks.soaking.judging import References, error_of_stream, num_tokens_of
+from benchmarks.soaking.judging import References, error_of_stream, judged
 from benchmarks.soaking.tally import LostError, Tally
 from benchmarks.wire import HOST, Answer, Connection, Raw
 
@@ -110,7 +110,9 @@ class Client:
             raise LostError(f"{wrong.kind}: {answer.status} {answer.code}, not {wrong.status} {wrong.code}")
 
     def judge(self, asked: Asked, answer: Answer) -> None:
-        self.tally.num_tokens += num_tokens_of(asked, answer, self._references)
+        num_tokens, deviation = judged(asked, answer, self._references)
+        self.tally.num_tokens += num_tokens
+        self.tally.deviation = max(self.tally.deviation, deviation)
         self.tally.answered[asked.kind] += 1
 
 

@@ -1,16 +1,19 @@
 """Whether an answer is the one that was promised: complete, counted rightly, the same as when asked alone.
 
-Knows answers and references. Knows no connection.
+Knows answers and references. Knows no connection. Another mask or level shows in the log-probabilities of
+nearly every token, also where it changes no word.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.soaking.asked import DEFAULT, MAX_TOKENS, Asked
 from benchmarks.soaking.tally import LostError
 from benchmarks.wire import Answer, Said, choices, events
+
+MAX_DEVIATION: Final = 0.01  # of log-probabilities; sums in another order differ by less than 0.0001
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Reference:
 
     text: str
     tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
     finish: str | None
     neurons: str
 
@@ -58,7 +62,8 @@ def error_of_stream(answer: Answer) -> str | None:
 def reference_of(asked: Asked, answer: Answer) -> Reference:
     """What later answers are held to. `asked` is greedy, with log-probabilities."""
     said = choices(parts_of(asked, answer))[0]
-    return Reference(said.text, tuple(said.tokens), said.finish, answer.head.headers["x-safety-neurons"])
+    neurons = answer.head.headers["x-safety-neurons"]
+    return Reference(said.text, tuple(said.tokens), tuple(said.logprobs), said.finish, neurons)
 
 
 def names_of(asked: Asked, answer: Answer) -> Names:
@@ -66,8 +71,9 @@ def names_of(asked: Asked, answer: Answer) -> Names:
     return answer.head.headers["x-safety-mask"], asked.path, asked.prompt, asked.level or DEFAULT
 
 
-def num_tokens_of(asked: Asked, answer: Answer, references: References) -> int:
-    """The number of tokens of an answer that is as promised.
+def judged(asked: Asked, answer: Answer, references: References) -> tuple[int, float]:
+    """The number of tokens of an answer that is as promised, and the largest deviation of their
+    log-probabilities from the reference's.
 
     Raises:
         LostError: it is not.
@@ -84,13 +90,12 @@ def num_tokens_of(asked: Asked, answer: Answer, references: References) -> int:
     said = choices(parts)
     if sorted(said) != list(range(asked.num_choices)):
         raise LostError(f"choices {sorted(said)} of {asked.num_choices} arrived")
-    for one in said.values():
-        _check(asked, one, reference)
+    deviation = max(_check(asked, one, reference) for one in said.values())
     counted = int(parts[-1]["usage"]["completion_tokens"])
     arrived = _num_arrived(asked, said, reference)
     if arrived is not None and arrived != counted:
         raise LostError(f"{arrived} tokens arrived, usage counts {counted}")
-    return counted
+    return counted, deviation
 
 
 def _num_arrived(asked: Asked, said: Mapping[int, Said], reference: Reference) -> int | None:
@@ -99,11 +104,11 @@ def _num_arrived(asked: Asked, said: Mapping[int, Said], reference: Reference) -
     return len(reference.tokens) * asked.num_choices if asked.greedy else None
 
 
-def _check(asked: Asked, one: Said, reference: Reference) -> None:
+def _check(asked: Asked, one: Said, reference: Reference) -> float:
     if one.finish not in ("stop", "length"):
         raise LostError(f"an answer ended with {one.finish!r}: {one}")
     if not asked.greedy:
-        return
+        return 0.0
     expected = reference.tokens[: asked.num_tokens]
     if asked.logprobs and tuple(one.tokens) != expected:
         raise LostError(f"{asked}: tokens {one.tokens}, alone {expected}")
@@ -112,3 +117,17 @@ def _check(asked: Asked, one: Said, reference: Reference) -> None:
         raise LostError(f"{asked}: ended with {one.finish!r}, alone with {reference.finish!r}")
     if asked.num_tokens == MAX_TOKENS and one.text != reference.text:
         raise LostError(f"{asked}: {one.text!r}, alone {reference.text!r}")
+    deviation = deviation_of(one.logprobs, reference.logprobs)
+    if deviation > MAX_DEVIATION:
+        raise LostError(f"{asked}: log-probabilities {one.logprobs}, alone {reference.logprobs}")
+    return deviation
+
+
+def deviation_of(some: Sequence[float], others: Sequence[float]) -> float:
+    """The largest difference, as far as both go."""
+    return max((abs(one - other) for one, other in zip(some, others, strict=False)), default=0.0)
+
+
+def differ(one: Reference, other: Reference) -> bool:
+    """Whether an answer that is held to the one cannot pass for the other."""
+    return one.tokens != other.tokens or deviation_of(one.logprobs, other.logprobs) > 2 * MAX_DEVIATION

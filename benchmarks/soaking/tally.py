@@ -16,6 +16,7 @@ class LostError(Exception):
 class Tally:
     """What one party of the soak has seen; parties add up.
 
+    `deviation` is the largest difference of a token's log-probability from that of its reference.
     `audited` maps the ids of requests that must leave one line to key and status (None: not known); those
     in `perhaps` may leave one. `reloads` counts lines of reloads by what and whether it succeeded.
     """
@@ -27,6 +28,7 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     num_sent: int = 0
     num_tokens: int = 0
+    deviation: float = 0.0
     audited: dict[str, tuple[str | None, int | None]] = field(default_factory=dict)
     perhaps: set[str] = field(default_factory=set)
 
@@ -38,6 +40,7 @@ class Tally:
         self.lost += other.lost
         self.num_sent += other.num_sent
         self.num_tokens += other.num_tokens
+        self.deviation = max(self.deviation, other.deviation)
         self.audited |= other.audited
         self.perhaps |= other.perhaps
         return self
