@@ -20,16 +20,15 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.serving import Served, served, value_of
-from benchmarks.soaking.asked import LEVELS, MAX_BODY_BYTES, MAX_MESSAGES, PROMPTS, ROOT, Asked, bearer
+from benchmarks.soaking.asked import MAX_BODY_BYTES, MAX_MESSAGES, ROOT, bearer
 from benchmarks.soaking.auditing import deviations, endings
-from benchmarks.soaking.clients import Client, run_clients
-from benchmarks.soaking.judging import Names, Reference, References, differ, names_of, reference_of
+from benchmarks.soaking.clients import Client, references_alone, run_clients
+from benchmarks.soaking.judging import Names, Reference, References, differ
 from benchmarks.soaking.operator import FIRST, Folder, Operator, records
 from benchmarks.soaking.tally import Tally
 from benchmarks.wire import Connection, Raw
@@ -98,10 +97,7 @@ class Soak:
         client = Client(self.server.port, "alone", random.Random(0), found)
         for _ in range(2):
             await self.operator.swap()
-            for path, prompt, level in everything():
-                asked = Asked(path, prompt, level)
-                answer = await client.ask(asked.raw(), asked.key)
-                found[names_of(asked, answer)] = reference_of(asked, answer)
+            found |= await references_alone(client)
         client.connection.drop()
         self.tally += client.tally
         self.num_references = len(found)
@@ -125,6 +121,7 @@ class Soak:
                     references,
                     seen,
                 ),
+                daemon=True,
             )
             for number in range(arguments.processes)
         ]
@@ -171,12 +168,6 @@ def _num_different(references: References) -> int:
     for (_, *names), each in references.items():
         by_names.setdefault(tuple(names), []).append(each)
     return sum(differ(*pair) for pair in by_names.values())
-
-
-def everything() -> Iterator[tuple[str, str, str]]:
-    """Path, prompt and level of every right request."""
-    for path, prompts in PROMPTS.items():
-        yield from ((path, prompt, level) for prompt in prompts for level in LEVELS)
 
 
 def _report(arguments: argparse.Namespace, soak: "Soak", told: dict[str, Any], folder: Folder) -> None:

@@ -5,7 +5,7 @@ Knows the API's fields, keys and errors. Knows no connection and no answer.
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -138,6 +138,12 @@ def right(source: random.Random) -> Asked:
         logprobs,
         greedy,
     )
+
+
+def everything_right() -> Iterator[Asked]:
+    """Every prompt at every level: greedy, whole, alone."""
+    for path, prompts in PROMPTS.items():
+        yield from (Asked(path, prompt, level) for prompt in prompts for level in LEVELS)
 
 
 def below_floor(source: random.Random) -> Wrong:

@@ -23,11 +23,20 @@ from benchmarks.soaking.asked import (
     Asked,
     Wrong,
     below_floor,
+    everything_right,
     key_of,
     right,
     wrong_requests,
 )
-from benchmarks.soaking.judging import References, error_of_stream, judged
+from benchmarks.soaking.judging import (
+    Names,
+    Reference,
+    References,
+    error_of_stream,
+    judged,
+    names_of,
+    reference_of,
+)
 from benchmarks.soaking.tally import LostError, Tally
 from benchmarks.wire import HOST, Answer, Connection, Raw
 
@@ -114,6 +123,15 @@ class Client:
         self.tally.num_tokens += num_tokens
         self.tally.deviation = max(self.tally.deviation, deviation)
         self.tally.answered[asked.kind] += 1
+
+
+async def references_alone(client: Client) -> dict[Names, Reference]:
+    """What later answers are held to, asked for one at a time; the mask must stay meanwhile."""
+    found = {}
+    for asked in everything_right():
+        answer = await client.ask(asked.raw(), asked.key)
+        found[names_of(asked, answer)] = reference_of(asked, answer)
+    return found
 
 
 async def ask_what_is_right(client: Client) -> None:
