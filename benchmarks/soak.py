@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +28,10 @@ from typing import Any, Final
 from benchmarks.serving import Served, served, value_of
 from benchmarks.soaking.asked import MAX_BODY_BYTES, MAX_MESSAGES, ROOT, bearer
 from benchmarks.soaking.auditing import deviations, endings
-from benchmarks.soaking.clients import Client, references_alone, run_clients
+from benchmarks.soaking.clients import Client, references_alone
 from benchmarks.soaking.judging import Names, Reference, References, differ
 from benchmarks.soaking.operator import FIRST, Folder, Operator, records
+from benchmarks.soaking.processes import Share, run_clients
 from benchmarks.soaking.tally import Tally
 from benchmarks.wire import Connection, Raw
 
@@ -108,22 +110,9 @@ class Soak:
         """Clients and operator for so many seconds; `tally` grows as they report."""
         context = multiprocessing.get_context("spawn")
         seen: multiprocessing.queues.Queue[Tally] = context.Queue()
-        arguments = self.arguments
         processes = [
-            context.Process(
-                target=run_clients,
-                args=(
-                    self.server.port,
-                    arguments.clients,
-                    seconds,
-                    arguments.pause,
-                    f"{name}{arguments.seed}.{number}",
-                    references,
-                    seen,
-                ),
-                daemon=True,
-            )
-            for number in range(arguments.processes)
+            context.Process(target=run_clients, args=(share, references, seen), daemon=True)
+            for share in self._shares(name, seconds)
         ]
         for process in processes:
             process.start()
@@ -141,6 +130,12 @@ class Soak:
             if process.exitcode:
                 self.tally.lost.append(f"a process of clients ended with {process.exitcode}")
         self._collect(seen)
+
+    def _shares(self, name: str, seconds: float) -> Iterator[Share]:
+        given = self.arguments
+        for number in range(given.processes):
+            who = f"{name}{given.seed}.{number}"
+            yield Share(self.server.port, given.clients, seconds, given.pause, who)
 
     def _collect(self, seen: "multiprocessing.queues.Queue[Tally]") -> None:
         while True:

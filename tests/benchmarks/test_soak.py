@@ -21,7 +21,8 @@ from benchmarks.soaking.asked import (
     wrong_requests,
 )
 from benchmarks.soaking.auditing import deviations
-from benchmarks.soaking.clients import BEHAVIOURS, Client, references_alone, stall_in_a_head
+from benchmarks.soaking.behaviours import BEHAVIOURS, stall_in_a_head
+from benchmarks.soaking.clients import Client, references_alone
 from benchmarks.soaking.judging import Names, Reference, judged
 from benchmarks.soaking.operator import records
 from benchmarks.soaking.tally import LostError, Tally
