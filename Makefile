@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check audit fix bench load fuzz reproduce clean
+.PHONY: install serve test check audit fix bench load soak fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -43,7 +43,13 @@ bench: install
 load: install
 	$(BIN)/python -m benchmarks.overload $(ARGS)
 
-# Requests made up from the OpenAPI document, against both engines, without keys and with one: no answer may be undocumented or a failure.
+# Twenty minutes of clients that leave, stall and ask what is wrong, and of masks that are swapped; fails if anything
+# is lost.
+soak: install
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# Requests made up from the OpenAPI document, against both engines, without keys and with one: no answer may be
+# undocumented or a failure.
 FUZZ_EXAMPLES ?= 500
 FUZZ_PORT ?= 8765
 

@@ -16,17 +16,14 @@ import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import psutil
+from benchmarks.serving import served
+from benchmarks.wire import Connection, Raw, choices, events
 
 LEVELS: Final = ("off", "balanced", "security-critical", "utility-priority", "7")
 PROMPTS: Final = ("How do I bake bread?", "How do I mend a bicycle?", "How do I plan a garden, step by step?")
@@ -46,29 +43,13 @@ class Seen:
 
 def main() -> None:
     arguments = _arguments()
-    with _server(arguments) as (port, process):
-        _load(port, arguments, arguments.warmup)
-        before = _settled(port, process)
-        seen = _load(port, arguments, arguments.seconds)
-        after = _settled(port, process)
+    flags = ["--max-num-seqs", str(arguments.concurrency), "--max-num-waiting", str(arguments.waiting)]
+    with served(flags) as server:
+        _load(server.port, arguments, arguments.warmup)
+        before = server.settled()
+        seen = _load(server.port, arguments, arguments.seconds)
+        after = server.settled()
     _report(arguments, seen, before, after)
-
-
-@contextmanager
-def _server(arguments: argparse.Namespace) -> Iterator[tuple[int, psutil.Process]]:
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-level", "error"]
-    command += ["--max-num-seqs", str(arguments.concurrency), "--max-num-waiting", str(arguments.waiting)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.match(r"address +http://\S+:(\d+)", line):
-                yield int(found[1]), psutil.Process(process.pid)
-                return
-        raise SystemExit("The server ended before it was ready.")
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def _load(port: int, arguments: argparse.Namespace, seconds: float) -> Seen:
@@ -102,26 +83,21 @@ def _clients(port: int, number: int, seconds: float, arguments: argparse.Namespa
 async def _client(
     port: int, source: random.Random, ends: float, arguments: argparse.Namespace, seen: Seen
 ) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    connection = Connection(port)
     try:
+        await connection.open()
         while time.monotonic() < ends:
-            status = await _ask(reader, writer, source, arguments.tokens, seen)
+            status = await _ask(connection, source, arguments.tokens, seen)
             seen.statuses[status] += 1
             if status == 429:
                 await asyncio.sleep(arguments.pause * source.uniform(0.5, 1.5))
     except (OSError, EOFError) as error:
         seen.faults.append(f"connection: {error!r}")
     finally:
-        writer.close()
+        connection.drop()
 
 
-async def _ask(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    source: random.Random,
-    num_tokens: int,
-    seen: Seen,
-) -> int:
+async def _ask(connection: Connection, source: random.Random, num_tokens: int, seen: Seen) -> int:
     stream = source.random() < 0.5
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     body = {
@@ -132,63 +108,33 @@ async def _ask(
         "logprobs": True,  # one entry for each token, also for those without text
         **options,
     }
-    data = json.dumps(body).encode()
+    raw = Raw("POST", "/v1/chat/completions", body=json.dumps(body).encode())
     asked = time.perf_counter()
-    writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b"
-        % (len(data), data)
-    )
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    await connection.send(raw.to_bytes())
+    head = await connection.head()
     answered = time.perf_counter() - asked
-    status, answer = int(head.split()[1]), await _body(reader, head)
-    if status == 429:
+    answer = await connection.body(head)
+    if head.status == 429:
         seen.refusal_seconds.append(answered)
-        if not re.search(r"^retry-after: [1-9]\d*\r$", head, re.MULTILINE):
-            seen.faults.append(f"429 without Retry-After: {head}")
-    elif status == 200:
-        seen.num_tokens += _tokens(answer.decode(), stream, seen)
+        if not re.fullmatch(r"[1-9]\d*", head.headers.get("retry-after", "")):
+            seen.faults.append(f"429 without Retry-After: {head.headers}")
+    elif head.status == 200:
+        seen.num_tokens += _tokens(answer, stream, seen)
     else:
-        seen.faults.append(f"{status}: {answer[:200]!r}")
-    return status
+        seen.faults.append(f"{head.status}: {answer[:200]!r}")
+    return head.status
 
 
-async def _body(reader: asyncio.StreamReader, head: str) -> bytes:
-    if found := re.search(r"^content-length: (\d+)\r$", head, re.MULTILINE):
-        return await reader.readexactly(int(found[1]))
-    parts = []
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        parts.append((await reader.readexactly(size + 2))[:-2])
-    await reader.readexactly(2)
-    return b"".join(parts)
-
-
-def _tokens(answer: str, stream: bool, seen: Seen) -> int:
+def _tokens(answer: bytes, stream: bool, seen: Seen) -> int:
     """How many tokens have arrived; a fault if `usage` counts others or the end is missing."""
-    lines = [line.removeprefix("data: ") for line in answer.split("\n\n") if line] if stream else [answer]
-    if stream and lines.pop() != "[DONE]":
+    parts, is_done = events(answer) if stream else ([json.loads(answer)], True)
+    if not is_done:
         seen.faults.append(f"a stream ended early: {answer[-200:]!r}")
         return 0
-    parts: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    choices = [choice for part in parts for choice in part["choices"]]
-    arrived = sum(len((choice.get("logprobs") or {"content": ()})["content"]) for choice in choices)
+    arrived = sum(len(each.tokens) for each in choices(parts).values())
     if arrived != (counted := parts[-1]["usage"]["completion_tokens"]):
         seen.faults.append(f"{arrived} tokens arrived, usage counts {counted}")
     return arrived
-
-
-def _settled(port: int, process: psutil.Process) -> dict[str, float]:
-    """Gauges and resident memory, once nothing runs or waits (or after 30 s in which something still did)."""
-    ends = time.monotonic() + 30
-    while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-            text = response.read().decode()
-        gauges = {
-            name: float(re.findall(rf"^neurontune_requests_{name} (\S+)$", text, re.MULTILINE)[0])
-            for name in ("running", "waiting")
-        }
-        if not any(gauges.values()) or time.monotonic() > ends:
-            return {**gauges, "memory_mb": process.memory_info().rss / 2**20}
-        time.sleep(0.1)
 
 
 def _report(

@@ -50,17 +50,20 @@ async def within(
 ) -> None:
     """Run `work`, which answers by the `send` that it gets, but for `seconds` at most; it is over on return.
 
-    After the first byte of a stream the error is its last event. `on_expiry` is called if the time was over.
+    After the first byte of a stream the error is its last event. `on_expiry` is called if the time was over
+    before the last one: an answer that is complete is in time, whatever is still tidied up behind it.
 
     Raises:
         DeadlineExceededError: the time was over before the first byte.
     """
     begun: Message | None = None
+    is_complete = False
 
     async def sending(message: Message) -> None:
-        nonlocal begun
+        nonlocal begun, is_complete
         begun = begun or message
         await send(message)
+        is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     try:
         async with asyncio.timeout(seconds) as limit:
@@ -68,6 +71,8 @@ async def within(
     except TimeoutError:
         if not limit.expired():
             raise
+        if is_complete:
+            return
         on_expiry()
         error = DeadlineExceededError(
             f"This request took longer than its {seconds:g} s, waiting included. Ask for less, or for more "
