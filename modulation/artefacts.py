@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from modulation.errors import NeuronTuneError
+from modulation.files import read_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MAX_BYTES: Final = 2**30
 M = TypeVar("M", bound=BaseModel)
 
 _FRAMING: Final = "__metadata__"
@@ -59,7 +61,7 @@ class MadeFor(Protocol):
 def read_file(path: Path, kind: Kind) -> bytes:
     """The file's bytes; raises `kind.unreadable`."""
     try:
-        return path.read_bytes()
+        return read_regular(path, MAX_BYTES)
     except OSError as error:
         raise kind.unreadable(f"{kind.file} {path} cannot be read: {error.strerror}.") from error
 

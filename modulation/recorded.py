@@ -4,7 +4,7 @@ Knows a mask's metadata. Knows nothing of models or of how a level is measured.
 """
 
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 from modulation.errors import MaskFormatError, UnsafeMaskError
 from modulation.levels import BALANCED, OFF, SECURITY_CRITICAL, UTILITY_PRIORITY
@@ -20,9 +20,16 @@ def recorded_asr(mask: Mask) -> dict[str, float]:
     """
     try:
         levels = mask.metadata.evaluation.get("levels", {})
-        return {name: float(metrics["asr"]["rate"]) for name, metrics in levels.items() if "asr" in metrics}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {name: _rate(metrics["asr"]["rate"]) for name, metrics in levels.items() if "asr" in metrics}
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise MaskFormatError(f"The evaluation that the mask records cannot be read ({error!r}).") from error
+
+
+def _rate(given: Any) -> float:
+    rate = float(given)
+    if not 0 <= rate <= 1:  # NaN neither
+        raise ValueError(f"{rate} is no rate: accepted are 0 to 1")
+    return rate
 
 
 def refuse_less_safe(mask: Mask) -> None:

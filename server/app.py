@@ -186,8 +186,8 @@ def _mask_swap(
             audit.write(reload_record("mask", error, detail))
 
     file = settings.mask or MASK_FILE
-    reread = None if settings.engine == "fake" else file
-    return MaskSwap(settings.mask_dir or file.parent, reread, engine.use_mask, check, note)
+    reread, digest = None if settings.engine == "fake" else file, engine.describe().mask_digest
+    return MaskSwap(settings.mask_dir or file.parent, reread, engine.use_mask, check, note, digest)
 
 
 def _anonymous(settings: Settings) -> Caller:

@@ -25,6 +25,9 @@ from server.errors import (
 )
 from server.schemas import CONFLICT, UNSUPPORTED
 
+# Each wrong item of a list or object becomes an error of its own; nothing the API has is wider, but tokens.
+MAX_WIDTH: Final = 8192
+MAX_FIELDS: Final = 256
 MAX_ERRORS_SHOWN: Final = 5
 MAX_CHARACTERS_SHOWN: Final = 60
 
@@ -59,6 +62,7 @@ async def read_object(request: Request, bounds: Bounds) -> dict[str, Any]:
             f"The request body did not arrive within {bounds.read_timeout_seconds:g} s. Send it at once."
         ) from error
     value = parse_object(body)
+    _refuse_wide(value, max(MAX_WIDTH, bounds.max_messages))
     _refuse_many(value.get("messages"), bounds.max_messages)
     return value
 
@@ -139,6 +143,21 @@ def parse_fields(schema: type[Schema], body: dict[str, Any]) -> Schema:
         kind = kinds.get(errors[0]["type"], InvalidValueError)
         text = "; ".join(_sentence(schema, error) for error in errors[:MAX_ERRORS_SHOWN])
         raise kind(f"{text}.", _param(errors[0])) from failed
+
+
+def _refuse_wide(body: dict[str, Any], most: int) -> None:
+    """Raises InvalidValueError where checking the fields would take seconds."""
+    if len(body) > MAX_FIELDS:
+        raise InvalidValueError(f"The request body has {len(body)} fields, more than any request needs.")
+    values = list(body.items())
+    while values:
+        name, value = values.pop()
+        if not isinstance(value, dict | list):
+            continue
+        if len(value) > most and not (isinstance(value, list) and all(type(each) is int for each in value)):
+            raise InvalidValueError(f"{name} holds {_shown(value)}: more than {most} in one place.", name)
+        items = value.values() if isinstance(value, dict) else value
+        values += [(name, each) for each in items if isinstance(each, dict | list)]
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -46,7 +46,7 @@ async def within(
     seconds: float,
     send: Send,
     work: Callable[[Send], Awaitable[None]],
-    on_expiry: Callable[[], object],
+    on_expiry: Callable[[Exception], object],
 ) -> None:
     """Run `work`, which answers by the `send` that it gets, but for `seconds` at most; it is over on return.
 
@@ -73,11 +73,11 @@ async def within(
             raise
         if is_complete:
             return
-        on_expiry()
         error = DeadlineExceededError(
             f"This request took longer than its {seconds:g} s, waiting included. Ask for less, or for more "
             f"time with the header {TIMEOUT_HEADER}, up to the server's own limit."
         )
+        on_expiry(error)
         if begun is None:
             raise error from None
         await _end_stream(Headers(raw=begun["headers"]), error, send)

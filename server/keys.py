@@ -16,12 +16,14 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
+from modulation.files import read_regular
 from server.callers import ANONYMOUS, Caller
 from server.errors import ExpiredKeyError, InvalidKeyError, SettingsError
 
 KEY_PREFIX: Final = "nt-"
 KEY_BYTES: Final = 32
 HASH_PREFIX: Final = "sha256:"
+MAX_FILE_BYTES: Final = 2**20
 MAX_RATE: Final = 2**31 - 1
 
 
@@ -39,7 +41,10 @@ def _moment(text: Any) -> datetime:
         moment = datetime.min
     if moment.tzinfo is None:
         raise ValueError("must be a date and time with a zone, as 2027-01-31T00:00:00Z")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999 in UTC; leave it out for no end") from None
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -103,7 +108,7 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
 def read_text(path: Path) -> str:
     """The text of a key file. Raises SettingsError."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_regular(path, MAX_FILE_BYTES).decode("utf-8")
     except OSError as error:
         raise SettingsError(f"Key file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -162,15 +167,14 @@ def _sentence(root: yaml.Node | None, failed: ValidationError) -> str:
     if root is None or not error["loc"]:
         return ": it must hold `keys:` and under it a list of keys."
     line = _line(root, error["loc"])
-    where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         fields = ", ".join(Entry.model_fields) if len(error["loc"]) > 1 else "keys"
-        return f", line {line}: {where} is not a field of a key file. Accepted: {fields}."
+        return f", line {line}: a field that a key file does not have. Accepted: {fields}."
+    where = ".".join(str(part) for part in error["loc"])
     if error["loc"][-1] == "hash" and error["type"] != "missing":
         return f", line {line}: {where} must be {HASH_PREFIX} and 64 digits: `neurontune keys add` makes it."
     said = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    shown = "" if error["type"] == "missing" else f", not {str(error['input'])[:60]!r}"
-    return f", line {line}: {where}: {said}{shown}."
+    return f", line {line}: {where}: {said}."
 
 
 def _line(node: yaml.Node, location: Sequence[int | str]) -> int:

@@ -105,6 +105,8 @@ def run(
         log_level=log_level,
         timeout_graceful_shutdown=BACKSTOP_SECONDS,
         server_header=False,
+        # A header that anybody can send must not decide whose address is logged.
+        proxy_headers=False,
     )
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a loop to reload in
     graces: dict[int, float] = {

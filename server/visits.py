@@ -13,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import Admission, Seat
+from server.audit import entry_of
 from server.callers import Caller, caller_of
 from server.deadlines import seconds_of, within
 from server.engines.base import Output
@@ -95,7 +96,11 @@ class Gate:
                 finally:
                     await visit.settle()
 
-        await within(seconds, send, work, on_expiry=lambda: self.metrics.refusals.labels("deadline").inc())
+        def expired(error: Exception) -> None:
+            self.metrics.refusals.labels("deadline").inc()
+            entry_of(scope).failed(error)
+
+        await within(seconds, send, work, on_expiry=expired)
 
     @contextmanager
     def _counting_refusals(self) -> Iterator[None]:

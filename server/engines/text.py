@@ -20,6 +20,7 @@ from server.engines.base import (
     ParsedAnswer,
     Prompt,
     PromptError,
+    PromptTooLongError,
     UnsupportedByEngineError,
 )
 from server.engines.tools import find_tool_format
@@ -30,9 +31,16 @@ class ChatText:
     how many tokens the model has."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int], vocabulary: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop_ids: Collection[int],
+        vocabulary: int,
+        max_tokens: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        self._max_characters = None if max_tokens is None else max_tokens * longest
+        self._max_tokens = max_tokens
         self._vocabulary = vocabulary
         special = {
             number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -52,12 +60,15 @@ class ChatText:
         Raises:
             PromptError: it is empty, holds a control token where none may be, or a number that is no token,
                 or the model's chat template refuses it.
+            PromptTooLongError: it is far longer than `max_tokens`, which bounds nothing else here.
             UnsupportedByEngineError: the chat template does not take what is asked for.
         """
         if isinstance(prompt, Chat):
             text = self._rendered(prompt)
+            self._refuse_hopeless(text)
             ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         elif isinstance(prompt, str):
+            self._refuse_hopeless(prompt)
             ids = list(self._tokenizer(prompt)["input_ids"])
         else:
             self._refuse_unknown(prompt)
@@ -111,6 +122,15 @@ class ChatText:
         if chat.tools and self._tool_format is None:
             raise UnsupportedByEngineError(_UNKNOWN_FORMAT, "tools")
         return text
+
+    def _refuse_hopeless(self, text: str) -> None:
+        """Raises PromptTooLongError for text that cannot fit even in the longest tokens, before it costs
+        seconds and gigabytes to tokenise."""
+        if self._max_characters is not None and len(text) > self._max_characters:
+            raise PromptTooLongError(
+                f"The prompt has {len(text)} characters, more than the {self._max_tokens} tokens of this "
+                "model's context can hold. Shorten it."
+            )
 
     def _apply_template(self, chat: Chat, tools: list[Any] | None) -> str:
         turns = [_turn(each) for each in chat.messages]

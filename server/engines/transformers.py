@@ -14,10 +14,11 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -57,6 +58,8 @@ from server.engines.text import ChatText
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
 _GREEDY_BELOW: Final = 1e-5
+_NUM_PREPARERS: Final = 2
+T = TypeVar("T")
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
@@ -113,7 +116,7 @@ class TransformersEngine:
         self._masks = Masks(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
-        self._text = ChatText(tokenizer, ends, self._vocabulary)
+        self._text = ChatText(tokenizer, ends, self._vocabulary, int(sizes.max_model_len.value))
         self._grammars = Grammars(tokenizer, self._vocabulary, ends)
         self._info = EngineInfo(
             model_id=served_model_name,
@@ -130,6 +133,7 @@ class TransformersEngine:
             },
         )
         self._numbers = itertools.count()
+        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
         self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching: dict[str, Any] = {
@@ -187,13 +191,13 @@ class TransformersEngine:
         )
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await asyncio.to_thread(self._text.encode, prompt))
+        return tuple(await self._preparing(self._text.encode, prompt))
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await asyncio.to_thread(self._text.decode, token_ids)
+        return await self._preparing(self._text.decode, token_ids)
 
     async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await asyncio.to_thread(self._text.spell, token_ids))
+        return tuple(await self._preparing(self._text.spell, token_ids))
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         return self._text.parse(text, chat)
@@ -209,7 +213,7 @@ class TransformersEngine:
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-            prompt, limit, row = await asyncio.to_thread(self._prepared, request)
+            prompt, limit, row = await self._preparing(self._prepared, request)
             self._refuse_if_not_ready()
             shares = row.num_prompt_logprobs is None
             name = request_id(next(self._numbers), request.threshold, mask.number, shares_prefixes=shares)
@@ -271,6 +275,12 @@ class TransformersEngine:
             del self._open[name]
             manager.forget(name)
 
+    async def _preparing(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run `work` in a thread of those that are kept for prompts: they cannot hold up anything else."""
+        if self._supervisor.is_closed:
+            raise self._unavailable()
+        return await asyncio.get_running_loop().run_in_executor(self._preparers, work, *arguments)
+
     def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
         """The prompt's tokens, the most that may be generated, and the request's row."""
         prompt = self._text.encode(request.prompt)
@@ -318,6 +328,7 @@ class TransformersEngine:
         return Candidate(token_id, text, spelling, logprob)
 
     async def close(self) -> None:
+        self._preparers.shutdown(wait=False)
         await asyncio.to_thread(self._hooks.close)
 
     def _new_manager(self) -> LevelManager:

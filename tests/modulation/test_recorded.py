@@ -60,3 +60,9 @@ def test_a_level_that_is_less_safe_than_its_name_is_refused(
 def test_an_evaluation_that_cannot_be_read_is_refused(mask: Mask, levels: Any) -> None:
     with pytest.raises(MaskFormatError, match="evaluation"):
         refuse_less_safe(recording(mask, {"levels": levels}))
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.1, 1.5, 10**400])
+def test_a_rate_that_is_none_is_refused(mask: Mask, rate: float) -> None:
+    with pytest.raises(MaskFormatError, match="evaluation"):
+        refuse_less_safe(recording(mask, {"levels": {"balanced": {"asr": {"rate": rate}}}}))

@@ -112,7 +112,7 @@ async def test_a_client_that_reads_nothing_ends_at_its_deadline(engine: FakeEngi
     async def work(send: Send) -> None:
         await stream({"type": "http"}, asyncio.Event().wait, send)
 
-    await within(0.1, send, work, on_expiry=lambda: expiries.append(stuck.is_set()))
+    await within(0.1, send, work, on_expiry=lambda _: expiries.append(stuck.is_set()))
     assert expiries == [True]
     assert engine.num_aborted == 1 and is_idle(engine)
 
@@ -134,5 +134,5 @@ async def test_an_answer_whose_last_byte_is_sent_is_in_time_whatever_follows() -
         await asyncio.Event().wait()
 
     expiries: list[bool] = []
-    await within(0.01, send, work, on_expiry=lambda: expiries.append(True))
+    await within(0.01, send, work, on_expiry=lambda _: expiries.append(True))
     assert [message.get("more_body") for message in sent] == [None, True, False] and not expiries

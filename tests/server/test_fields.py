@@ -212,3 +212,22 @@ async def test_content_may_be_empty_where_something_else_is_said(ask: Ask, role:
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
     turns += [{"role": "tool", "tool_call_id": "1", "content": ""}] if role == "tool" else []
     assert (await ask(messages=turns)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wide",
+    [
+        {str(number): 1 for number in range(300_000)},
+        {"prompt": [[]] * 300_000},
+        {"stop": ["x"] * 300_000},
+        {"logit_bias": {str(number): "x" for number in range(100_000)}},
+    ],
+    ids=["fields", "prompts", "stops", "biases"],
+)
+async def test_a_body_of_hundreds_of_thousands_of_mistakes_is_one_error(
+    client: httpx.AsyncClient, wide: dict[str, Any]
+) -> None:
+    """Each mistake became an error of its own, which held the event loop for seconds."""
+    answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", **wide})
+    error_of(answer, 400, "invalid_value")
+    assert len(answer.content) < 1000

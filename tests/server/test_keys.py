@@ -1,5 +1,6 @@
 """The key file and its commands: what is read, what is refused with its line, what is printed and kept."""
 
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_every_known_key_is_compared_whoever_asks(tmp_path: Path, monkeypatch: p
         ("[]", "it must hold `keys:`"),
         ("keys: {}", "line 1: keys"),
         ("keys:\n- name: a\n", "line 2: keys.0.hash"),
-        (f"keys:\n- name: a\n  hash: {HASH}\n  flor: off\n", "line 4: keys.0.flor is not a field"),
+        (f"keys:\n- name: a\n  hash: {HASH}\n  flor: off\n", "line 4: a field that a key file does not have"),
         (f"keyes:\n- name: a\n  hash: {HASH}\n", "keys"),
         (f"keys:\n- name: a b\n  hash: {HASH}\n", "line 2: keys.0.name"),
         ("keys:\n- name: a\n  hash: nt-oops-the-key-itself\n", "line 3: keys.0.hash must be sha256:"),
@@ -226,3 +227,34 @@ def test_what_the_commands_refuse_is_one_sentence(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = run("add", "--file", tmp_path / "none" / "keys.yaml", "--name", "a")
     assert result.exit_code == 1 and "cannot be written: No such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "keys: nt-secretsecretsecret",
+        "keys:\n- nt-secretsecretsecret\n",
+        "keys:\n- name: nt-secretsecretsecret!\n",
+        "keys:\n- nt-secretsecretsecret: x\n",
+        "nt-secretsecretsecret: x\n",
+        "keys:\n- {name: a, hash: nt-secretsecretsecret}\n",
+        "keys:\n- {name: a, expires: nt-secretsecretsecret}\n",
+    ],
+)
+def test_a_key_that_stands_where_it_should_not_is_not_repeated_in_the_error(text: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        parse_entries(text, FILE)
+    assert "secretsecret" not in str(refused.value)
+
+
+def test_an_expiry_at_the_end_of_time_is_refused_in_words() -> None:
+    entry = f"{{name: a, hash: 'sha256:{'0' * 64}', expires: '9999-12-31T23:59:59-05:00'}}"
+    with pytest.raises(SettingsError, match="leave it out for no end"):
+        parse_entries(f"keys:\n- {entry}\n", FILE)
+
+
+def test_a_pipe_is_no_key_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "keys.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(SettingsError, match="not a regular file"):
+        read_entries(pipe)

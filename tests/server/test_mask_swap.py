@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ def folder(tmp_path: Path, mask: Mask) -> Path:
     save_mask(without, folder, "without.safetensors")
     (folder / "none.safetensors").write_bytes(b"\x80not safetensors at all")
     save_mask(mask, tmp_path, "outside.safetensors")
+    os.mkfifo(folder / "pipe.safetensors")
     (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
     return folder
 
@@ -80,6 +82,7 @@ async def test_a_good_mask_is_in_force_at_once_by_name_or_by_path(
         (".", "cannot be put in force"),
         ("x\0y", "no path"),
         ("without.safetensors", "floor"),
+        ("pipe.safetensors", "not a regular file"),
     ],
 )
 async def test_a_bad_mask_is_refused_with_the_reason_and_the_old_one_stays(
@@ -156,8 +159,19 @@ async def test_a_reload_reads_the_file_of_the_start_and_a_failure_only_says_so(
     await swap.reload()
     assert engine.describe().mask_digest == mask.digest
 
+    other = replace(mask, metadata=mask.metadata.model_copy(update={"seeds": {"all": 7}}))
+    await engine.use_mask(other)
+    await swap.reload()
+    assert engine.describe().mask_digest == other.digest, "the file has not changed since it was read"
+
     async def misfit(_mask: Mask) -> EngineInfo:
         raise MaskMismatchError("made for another model")
 
     await MaskSwap(folder, file, misfit, check=lambda _: None).reload()
     assert "made for another model" in caplog.text
+
+    async def fault(_mask: Mask) -> EngineInfo:
+        raise RuntimeError("nobody expected this")
+
+    await MaskSwap(folder, file, fault, check=lambda _: None).reload()
+    assert "it makes the server fail (RuntimeError)" in caplog.text
