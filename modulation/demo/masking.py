@@ -30,9 +30,11 @@ from modulation.tuning.settings import TuningSettings
 MODEL_ID: Final = "neurontune-demo"
 ACTIVE_SHARE: Final = 0.0198
 # The demo's tuning settings where they are not the defaults.
-PRUNED: Final[Mapping[str, Any]] = MappingProxyType({"prune_shares": (0.16, 0.07, 0.035)})
-TUNING_PROMPTS_PER_TOPIC: Final = 2
-VALIDATION_PROMPTS_PER_TOPIC: Final = 2
+PRUNED: Final[Mapping[str, Any]] = MappingProxyType(
+    {"prune_shares": (0.16, 0.07, 0.035), "harmful_weight": 1.0}
+)
+TUNING_PROMPTS_PER_TOPIC: Final = 8
+VALIDATION_PROMPTS_PER_TOPIC: Final = 5
 
 OnProgress = Callable[[str, int, int], object]
 """Told what is at work, how much of it is done, and of how much."""

@@ -11,7 +11,7 @@ from modulation.errors import DataError, LevelError
 from modulation.evaluation.metrics import Metrics
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, ZERO, Threshold
 
-SAFETY_SHARES: Final = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+SAFETY_SHARES: Final = (0.1, 0.2, 0.35, 0.5, 0.75, 0.875, 1.0)
 UTILITY_SHARES: Final = (0.5, 1.0)
 LARGEST_BENIGN_LOSS: Final = 0.01
 LARGEST_OVER_REFUSAL_GAIN: Final = 0.12

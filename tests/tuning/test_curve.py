@@ -142,7 +142,7 @@ def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
     found = grid(Threshold(20, 10))
-    assert found[0] == ZERO and len(found) == 13 == len(set(found))
+    assert found[0] == ZERO and len(found) == 15 == len(set(found))
     assert found[1] == Threshold(2, 5) and found[-1] == Threshold(20, 10)
     small = grid(Threshold(1, 1))
     assert len(small) == len(set(small)) and all(each.fits(Threshold(1, 1)) for each in small)
