@@ -44,6 +44,7 @@ from server.hardening import SecurityHeaders
 from server.keys import Keyring
 from server.mask_swap import MaskSwap
 from server.metrics import CountRequests, Metrics
+from server.playground import OPEN_PATHS, playground_router
 from server.rates import Rates
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.admin import admin_router
@@ -51,7 +52,9 @@ from server.routes.asking import TELLING_HEADERS, Asking
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
 from server.routes.health import health_router
+from server.routes.level_mix import level_mix_router
 from server.routes.levels import levels_router
+from server.routes.mask import mask_router
 from server.routes.models import models_router
 from server.routes.tokens import tokens_router
 from server.settings import Settings
@@ -60,7 +63,7 @@ from server.visits import Gate
 # Enough that a batch never runs dry; the last in line waits for about four answers.
 NUM_WAITING_PER_SEQ: Final = 4
 
-NO_KEY_NEEDED: Final = ("/health", "/ready")
+NO_KEY_NEEDED: Final = ("/health", "/ready", *OPEN_PATHS)
 METRICS: Final = "/metrics"
 GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
 
@@ -125,6 +128,9 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.include_router(tokens_router(asking))
     app.include_router(models_router(engine, model, created=int(time.time())))
     app.include_router(levels_router(engine, default))
+    app.include_router(mask_router(engine, default))
+    app.include_router(level_mix_router(engine, metrics))
+    app.include_router(playground_router())
     app.include_router(health_router(engine, metrics, drain))
     app.include_router(admin_router(engine, app.state.mask_swap, _bounds(settings)))
     for kind in ERRORS:

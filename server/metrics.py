@@ -108,6 +108,15 @@ class Metrics:
         """Count a request that was refused for its level."""
         self.level_denials.labels(error.reason).inc()
 
+    def num_requests_by_level(self) -> dict[str, int]:
+        """How many requests were given each level since the start; numbers together as `custom`."""
+        counts: dict[str, int] = {}
+        for sample in (each for family in self.requests.collect() for each in family.samples):
+            if sample.name.endswith("_total"):
+                level = sample.labels["level_applied"]
+                counts[level] = counts.get(level, 0) + int(sample.value)
+        return counts
+
     async def measured(
         self, outputs: AsyncGenerator[Output, None], arrived: float
     ) -> AsyncGenerator[Output, None]:

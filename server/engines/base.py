@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modulation.levels import SafetyLevels, Threshold
+from modulation.profiles import MaskProfile
 
 if TYPE_CHECKING:
     from modulation.masks import Mask
@@ -220,7 +221,8 @@ class EngineInfo:
 
     `model_id` names the model, `max_model_len` bounds prompt and answer together, in tokens,
     `mask_digest` is the hexadecimal digest of the mask in force, `details` is for logs and metrics
-    (device, dtype and the like, each with the reason it was chosen).
+    (device, dtype and the like, each with the reason it was chosen). `mask` is what may be told of the mask
+    in force; None: the engine has none.
     """
 
     model_id: str
@@ -228,6 +230,7 @@ class EngineInfo:
     levels: SafetyLevels
     mask_digest: str
     details: dict[str, Any]
+    mask: MaskProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, SafetyLevels, Threshold
+from modulation.profiles import profile_of
 from server.engines.base import (
     Candidate,
     Chat,
@@ -114,7 +115,9 @@ class FakeEngine:
     async def use_mask(self, mask: "Mask") -> EngineInfo:
         self._check_mask(mask)
         if self._in_force.find(mask.digest) is None:
-            info = replace(self.describe(), levels=mask.levels, mask_digest=mask.digest)
+            info = replace(
+                self.describe(), levels=mask.levels, mask_digest=mask.digest, mask=profile_of(mask)
+            )
             self._in_force.put(mask.digest, info)
         else:
             self._in_force.put_back(mask.digest)

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from modulation.errors import ModelError
 from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
+from modulation.profiles import profile_of
 from modulation.recorded import refuse_less_safe
 from server.engines.base import (
     Candidate,
@@ -131,6 +132,7 @@ class TransformersEngine:
                 "kv_cache_tokens": str(sizes.cache_tokens),
                 "prefix_caching": str(prefix_caching).lower(),
             },
+            mask=profile_of(loaded_mask),
         )
         self._numbers = itertools.count()
         self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
@@ -169,7 +171,7 @@ class TransformersEngine:
     async def use_mask(self, mask: Mask) -> EngineInfo:
         self._refuse_less_safe(mask)
         await self._masks.use(mask)
-        self._info = replace(self._info, levels=mask.levels, mask_digest=mask.digest)
+        self._info = replace(self._info, levels=mask.levels, mask_digest=mask.digest, mask=profile_of(mask))
         return self._info
 
     def _refuse_less_safe(self, mask: Mask) -> None:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from server.app import create_app, reload
 from server.engines.fake import FakeEngine
 from server.errors import SettingsError
+from server.playground import FILES
 from server.settings import Settings, read_settings
 from tests.server.conftest import CHAT, error_of
 from tests.server.keying import bearer, key_file, key_of
@@ -88,13 +89,16 @@ def routes_of(app: Any) -> list[tuple[str, str]]:
     return found
 
 
-OPEN = {"/health", "/ready"}
+OPEN = {"/health", "/ready", *FILES}
 
 
-async def test_every_route_but_health_and_ready_wants_a_key(
+async def test_every_route_but_health_ready_and_the_files_of_the_playground_wants_a_key(
     served: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    routes = [*routes_of(served), ("GET", "/nothing"), ("POST", "/health/"), ("GET", "//health")]
+    routes = [*routes_of(served), ("GET", "/nothing"), ("POST", "/health/"), ("GET", "http://server//health")]
+    routes += [
+        ("GET", path) for path in ("/playground", "/playground/", "/playground/../v1/models", "/index.html")
+    ]
     assert {path for _, path in routes} >= {CHAT, "/v1/models", "/metrics", "/docs", "/openapi.json", *OPEN}
     for method, path in routes:
         for headers in ({}, {"Authorization": "Bearer nt-wrong"}):

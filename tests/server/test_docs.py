@@ -91,7 +91,7 @@ def test_endpoints() -> None:
     operations = {
         (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
     }
-    assert documented == operations | {("GET", "/docs")}
+    assert documented == operations | {("GET", "/docs"), ("GET", "/")}
 
 
 def test_figures() -> None:
