@@ -39,7 +39,7 @@ async def run_out_of_time(client: Client) -> None:
     raw = asked.raw()
     raw = replace(raw, headers={**raw.headers, "X-Request-Timeout": str(seconds)})
     answer = await client.insist(raw, asked.key)
-    if (answer.status, answer.code) == (504, DEADLINE):
+    if (answer.status, answer.code) == (408, DEADLINE):
         client.tally.faults["deadline passed before the answer"] += 1
     elif error_of_stream(answer) == DEADLINE:
         client.tally.faults["deadline passed while it streamed"] += 1
