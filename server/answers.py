@@ -114,9 +114,12 @@ class _Head:
             ),
         )
 
+    @property
+    def num_ended(self) -> int:
+        return sum(each.finish_reason is not None for each in self.last.values())
+
     def check_ended(self, num_choices: int) -> None:
-        ended = sum(each.finish_reason is not None for each in self.last.values())
-        if ended < num_choices:
+        if self.num_ended < num_choices:
             raise GenerationError("The engine ended this answer without saying why.")
 
 
@@ -369,22 +372,28 @@ async def _events(
     chunks: Callable[[int, Output], list[BaseModel]],
     last: Callable[[], BaseModel | None],
 ) -> AsyncGenerator[bytes, None]:
+    """One piece for each output, of all its events; what ends the answer is one piece too. Each piece costs a
+    way through the server and a system call."""
+    ending = b""
     try:
         async for choice, output in outputs:
-            for chunk in chunks(choice, output):
-                yield event(_json(chunk))
+            piece = b"".join(event(_json(chunk)) for chunk in chunks(choice, output))
             head.last[choice] = output
+            if head.num_ended == num_choices:
+                ending = piece
+            elif piece:
+                yield piece
         head.check_ended(num_choices)
     except Exception as error:
         if not head.last:
             raise
         if not isinstance(error, EngineError):
             logging.getLogger(__name__).exception("A stream failed.")
-        yield event(json.dumps(error_body(error), separators=(",", ":")).encode())
+        yield ending + event(json.dumps(error_body(error), separators=(",", ":")).encode())
         return
     if (end := last()) is not None:
-        yield event(_json(end))
-    yield DONE
+        ending += event(_json(end))
+    yield ending + DONE
 
 
 def event(data: bytes) -> bytes:
