@@ -5,6 +5,7 @@ Knows the layout of both. Knows nothing of what the rules say. Run it after a ch
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import yaml
 HERE = Path(__file__).parent
 RULES = HERE.parent / "prometheus" / "rules"
 MANIFEST = HERE / "components" / "monitoring" / "prometheusrule.yaml"
-HEADING = "# Made from deploy/prometheus/rules by deploy/kubernetes/rules.py: change the rules, then run it.\n"
+HEADING = (
+    "# Made from deploy/prometheus/rules by deploy/kubernetes/rules.py: change the rules, then run it.\n"
+)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,7 +60,11 @@ def main() -> None:
     parser.add_argument("--rules", type=Path, default=RULES, help="Folder of the rule files.")
     parser.add_argument("--out", type=Path, default=MANIFEST, help="File to write.")
     flags = parser.parse_args()
-    flags.out.write_text(manifest(flags.rules))
+    try:
+        made = manifest(flags.rules)
+    except ValueError as error:
+        sys.exit(str(error))
+    flags.out.write_text(made)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: linted, its context read as Docker reads it, its Python lines run as they stand.
+"""The Dockerfile without Docker: linted, its context read as Docker does, its Python lines run as they stand.
 
 What the lines of apt-get do, and that the stages fit together, only a real build can show.
 """
@@ -44,7 +44,15 @@ def test_the_linter_finds_what_is_wrong(tmp_path: Path) -> None:
 def test_the_context_holds_what_is_copied_and_nothing_that_is_kept_out_of_git() -> None:
     sent = [path for path in context() if path not in ("Dockerfile", ".dockerignore")]
     tops = {path.split("/")[0] for path in sent}
-    assert tops == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "modulation", "server", "deploy"}
+    assert tops == {
+        "constraints.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "modulation",
+        "server",
+        "deploy",
+    }
     assert [path for path in sent if path.startswith("deploy/")] == ["deploy/ready.py"]
     assert not [path for path in sent if "/." in path or "__pycache__" in path]
 
@@ -104,8 +112,8 @@ class Image:
         """Run the steps of `build-cpu` and of the stage that it stands on, as they are written."""
         ours = ("NEURONTUNE_", "PYTHON", "VIRTUAL_ENV")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        # No Python but the one below, and pip refuses to install anywhere but in a virtual environment: a mistake
-        # here must not reach the Python of whoever runs the tests.
+        # No Python but ours in PATH, and a pip that refuses to install outside of a virtual environment: a
+        # mistake here must not reach the Python of whoever runs the tests.
         environment |= {"PATH": f"{self.programs}:/usr/bin:/bin", "PIP_REQUIRE_VIRTUALENV": "1"}
         # The index of torch without CUDA is not reached from everywhere; pip's own settings find it as well.
         given = {"TORCH_INDEX": ""}
@@ -132,8 +140,12 @@ class Image:
         """The variables of an ENV step, with what lies elsewhere here."""
         found = dict(before)
         for name, value in written.items():
-            # What is written, before anything is put into it: folders of these tests may lie in /tmp themselves.
-            for there, here in (("/opt/neurontune", self.venv), ("/models", self.models), ("/tmp", self.scratch)):
+            # Before anything is put into it: these folders may lie in /tmp themselves.
+            for there, here in (
+                ("/opt/neurontune", self.venv),
+                ("/models", self.models),
+                ("/tmp", self.scratch),
+            ):
                 if value == there or value.startswith(f"{there}/"):
                     value = f"{here}{value.removeprefix(there)}"
                     break

@@ -58,8 +58,8 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 def assigned(steps: Sequence[tuple[str, str]], kind: str) -> dict[str, str]:
     """What the steps of one kind (ENV, ARG, LABEL) assign, as it is written."""
-    pairs = [word.split("=", 1) for each, value in steps if each == kind for word in shlex.split(value)]
-    return {name: value for name, value in pairs}
+    words = [word for each, value in steps if each == kind for word in shlex.split(value)]
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
 def resolved(
