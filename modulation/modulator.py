@@ -41,24 +41,23 @@ class Modulator:
         self._sites = [site for site in find_sites(model) if _neurons_in(mask, site.layer)]
         self._hooks = ExitStack()
         self._entered = False
-        self._scale: Tensor | None = None
+        self._scales: Sequence[Tensor] | None = None  # one per site: (tokens or 1, neurons of the site)
         self._unseen: set[str] = set()
         device = next(model.parameters()).device
         self._columns: dict[int, Tensor] = {}
-        self._slices: dict[int, slice] = {}
+        self._sizes: list[int] = []
         kinds: list[int] = []
         ranks: list[int] = []
         factors: list[float] = []
         for site in self._sites:
             members = _neurons_in(mask, site.layer)
-            start = len(ranks)
             kinds += [kind for kind, _, _, _ in members]
             ranks += [rank for _, rank, _, _ in members]
             factors += [factor for _, _, factor, _ in members]
             weight = site.module.weight
             assert isinstance(weight, Tensor)
             self._columns[site.layer] = torch.tensor([i for *_, i in members], device=weight.device)
-            self._slices[site.layer] = slice(start, len(ranks))
+            self._sizes.append(len(members))
         # One entry per neuron of the mask, all layers together: (neurons,)
         self._kinds = torch.tensor(kinds, dtype=torch.int64, device=device)
         self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
@@ -79,8 +78,9 @@ class Modulator:
         assert thresholds.ndim == 2 and thresholds.shape[1] == 2, thresholds.shape
         self.check()
         self._unseen = {site.name for site in self._sites}
-        limits = thresholds[:, self._kinds]  # (tokens, neurons)
-        self._scale = torch.where(self._ranks < limits, self._factors, self._ones)
+        limits = thresholds.index_select(1, self._kinds)  # (tokens, neurons)
+        scale = torch.where(self._ranks < limits, self._factors, self._ones)
+        self._scales = torch.split(scale, self._sizes, dim=1)
 
     def check(self) -> None:
         """Raise ModulationError if the last forward pass went past a site.
@@ -100,14 +100,14 @@ class Modulator:
         self._entered = True
         self._unseen = set()
         with ExitStack() as hooks:
-            for site in self._sites:
-                hooks.callback(site.module.register_forward_pre_hook(self._hook(site)).remove)
+            for number, site in enumerate(self._sites):
+                hooks.callback(site.module.register_forward_pre_hook(self._hook(number, site)).remove)
             self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
-        self._scale = None
+        self._scales = None
         self._entered = False
 
     @contextmanager
@@ -144,35 +144,36 @@ class Modulator:
             yield self.model
             self.check()
 
-    def _hook(self, site: Site) -> Any:
-        columns, where = self._columns[site.layer], self._slices[site.layer]
+    def _hook(self, number: int, site: Site) -> Any:
+        columns, name = self._columns[site.layer], site.name
 
         def modulate(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            activations: Tensor = arguments[0]
-            if self._scale is None:
+            scales = self._scales
+            if scales is None:
                 raise ModulationError(
                     f"No thresholds were set for this forward pass (layer {site.layer}); refusing to "
                     "run it unmodulated."
                 )
-            scale = self._scale[:, where]
-            self._unseen.discard(site.name)
+            self._unseen.discard(name)
             if not self._unseen:
-                self._scale = None  # used up: the next pass needs thresholds of its own
-            return (_scaled(activations, columns, scale), *arguments[1:])
+                self._scales = None  # used up: the next pass needs thresholds of its own
+            return (_scaled(arguments[0], columns, scales[number]), *arguments[1:])
 
         return modulate
 
 
 def _scaled(activations: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons)."""
-    flat = activations.reshape(-1, activations.shape[-1])  # (tokens, width)
-    if scale.shape[0] not in (1, flat.shape[0]):
-        raise ModulationError(
-            f"Thresholds for {scale.shape[0]} tokens were set, but the forward pass has {flat.shape[0]}."
-        )
-    chosen = flat.index_select(1, columns)
-    modulated = (chosen * scale.to(chosen.device)).to(flat.dtype)
-    return flat.index_copy(1, columns, modulated).reshape(activations.shape)
+    rows = activations.shape[:-1]
+    if scale.shape[0] != 1:
+        if scale.shape[0] != rows.numel():
+            raise ModulationError(
+                f"Thresholds for {scale.shape[0]} tokens were set, but the forward pass has {rows.numel()}."
+            )
+        scale = scale.view(*rows, -1)
+    chosen = activations.index_select(-1, columns)
+    modulated = (chosen * scale.to(chosen.device)).to(chosen.dtype)
+    return activations.index_copy(-1, columns, modulated)
 
 
 def _neurons_in(mask: Mask, layer: int) -> list[tuple[int, int, float, int]]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, cast
 
@@ -42,6 +42,9 @@ from server.stops import Watch
 DONE: Final = b"data: [DONE]\n\n"
 # The least that a log-probability is said to be: JSON has no infinity (OpenAI's number for it).
 LEAST_LOGPROB: Final = -9999.0
+
+# Stands where a chunk's text will; no other field of a chunk holds it: no model is served under such a name.
+_PLACEHOLDER: Final = "\0"
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -114,9 +117,12 @@ class _Head:
             ),
         )
 
+    @property
+    def num_ended(self) -> int:
+        return sum(each.finish_reason is not None for each in self.last.values())
+
     def check_ended(self, num_choices: int) -> None:
-        ended = sum(each.finish_reason is not None for each in self.last.values())
-        if ended < num_choices:
+        if self.num_ended < num_choices:
             raise GenerationError("The engine ended this answer without saying why.")
 
 
@@ -173,8 +179,8 @@ class ChatAnswers:
             for choice in range(self._num_choices)
         ]
 
-        def chunks(choice: int, output: Output) -> list[BaseModel]:
-            return list(streams[choice].chunks(output))
+        def chunks(choice: int, output: Output) -> Iterable[bytes]:
+            return streams[choice].chunks(output)
 
         def last() -> BaseModel | None:
             fields = self._head.fields("chat.completion.chunk")
@@ -199,15 +205,21 @@ class _ChatStream:
         self._text: list[str] = []
         self._has_begun = False
         self._passed = ""
+        # Most chunks say a piece of text and nothing else: of those only the text is made anew.
+        chunk = self._chunk(chat_chunk.ChoiceDelta(content=_PLACEHOLDER))
+        self._before, self._after = chunk.split(json.dumps(_PLACEHOLDER).encode())
 
-    def chunks(self, output: Output) -> Iterator[BaseModel]:
+    def chunks(self, output: Output) -> Iterator[bytes]:
+        """The JSON of each chunk that says `output`."""
         if not self._has_begun:
             self._has_begun = True
             yield self._chunk(chat_chunk.ChoiceDelta(role="assistant", content=""))
         is_last = output.finish_reason is not None
         content, calls = self._parts(output.text, is_last)
-        if content or output.logprobs:
+        if output.logprobs:
             yield self._chunk(chat_chunk.ChoiceDelta(content=content), output.logprobs)
+        elif content:
+            yield self._before + json.dumps(content, ensure_ascii=False).encode() + self._after
         for number, call in enumerate(calls):
             function = chat_chunk.ChoiceDeltaToolCallFunction(name=call.name, arguments=call.arguments)
             delta = chat_chunk.ChoiceDeltaToolCall(
@@ -236,7 +248,7 @@ class _ChatStream:
         delta: chat_chunk.ChoiceDelta,
         logprobs: Sequence[TokenLogprob] = (),
         finish: Finish | None = None,
-    ) -> ChatCompletionChunk:
+    ) -> bytes:
         found = [_chat_logprob(each) for each in logprobs]
         choice = chat_chunk.Choice(
             index=self._choice,
@@ -246,9 +258,8 @@ class _ChatStream:
             else None,
             finish_reason=finish,
         )
-        return ChatCompletionChunk(
-            **self._head.fields("chat.completion.chunk"), choices=[choice], **self._extra
-        )
+        fields = self._head.fields("chat.completion.chunk")
+        return _json(ChatCompletionChunk(**fields, choices=[choice], **self._extra))
 
 
 class CompletionAnswers:
@@ -294,7 +305,7 @@ class CompletionAnswers:
         offsets = [_Offsets() for _ in self._range]
         extra: dict[str, Any] = {"usage": None} if include_usage else {}
 
-        def chunks(choice: int, output: Output) -> list[BaseModel]:
+        def chunks(choice: int, output: Output) -> list[bytes]:
             echo = self._echoes[choice] if self._echoes and choice not in self._head.last else ""
             part = _CompletionPart(echo, offsets[choice])
             part.add(output)
@@ -308,7 +319,7 @@ class CompletionAnswers:
                 finish_reason=finish,
             )
             fields = self._head.fields("text_completion")
-            return [Completion.model_construct(**fields, choices=[chosen], **extra)]
+            return [_json(Completion.model_construct(**fields, choices=[chosen], **extra))]
 
         def last() -> BaseModel | None:
             fields = self._head.fields("text_completion")
@@ -366,25 +377,31 @@ async def _events(
     head: _Head,
     outputs: Choices,
     num_choices: int,
-    chunks: Callable[[int, Output], list[BaseModel]],
+    chunks: Callable[[int, Output], Iterable[bytes]],
     last: Callable[[], BaseModel | None],
 ) -> AsyncGenerator[bytes, None]:
+    """One piece for each output, of all its events; what ends the answer is one piece too. Each piece costs a
+    way through the server and a system call."""
+    ending = b""
     try:
         async for choice, output in outputs:
-            for chunk in chunks(choice, output):
-                yield event(_json(chunk))
+            piece = b"".join([event(chunk) for chunk in chunks(choice, output)])
             head.last[choice] = output
+            if output.finish_reason is not None and head.num_ended == num_choices:
+                ending = piece
+            elif piece:
+                yield piece
         head.check_ended(num_choices)
     except Exception as error:
         if not head.last:
             raise
         if not isinstance(error, EngineError):
             logging.getLogger(__name__).exception("A stream failed.")
-        yield event(json.dumps(error_body(error), separators=(",", ":")).encode())
+        yield ending + event(json.dumps(error_body(error), separators=(",", ":")).encode())
         return
     if (end := last()) is not None:
-        yield event(_json(end))
-    yield DONE
+        ending += event(_json(end))
+    yield ending + DONE
 
 
 def event(data: bytes) -> bytes:

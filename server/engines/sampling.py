@@ -173,9 +173,8 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         """Write this step's columns into `arg_storage`, int32 (rows, columns)."""
-        for number, name in enumerate(("num_safety", "num_utility")):
-            values = [_keywords(each)[name] for each in requests_in_batch]
-            arg_storage[number, : len(values)] = torch.tensor(values, dtype=torch.int32)
+        thresholds = [(each["num_safety"], each["num_utility"]) for each in map(_keywords, requests_in_batch)]
+        arg_storage[:NUM_THRESHOLD_ROWS, : len(thresholds)] = torch.tensor(thresholds, dtype=torch.int32).T
         drawing = [request for request in requests_in_batch if request.has_new_token]
         self.step, self._drawing = requests_in_batch, drawing
         self.scored = []
@@ -190,9 +189,6 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
                     self.scored.append((row, begin + 1, range(first, first + count)))
             first += request.query_length
         self._special = [(place, row) for place, row in enumerate(map(row_of, drawing)) if not row.is_plain]
-        for number, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
-            arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
-        arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
         sampled = [each for each in map(_keywords, drawing) if each["noise"] > 0]
         if not self._static:
             self._needed = [
@@ -201,6 +197,10 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
                 any(each["top_p"] < 1.0 for each in sampled),
                 bool(sampled),
             ]
+        if self._needed[-1]:
+            for number, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
+                arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
+            arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
         return arg_storage
 
     def __call__(

@@ -414,7 +414,7 @@ class TransformersEngine:
         sampling = request.sampling
         greedy = sampling.temperature < _GREEDY_BELOW
         if greedy:
-            sampling = Sampling(temperature=1.0)
+            sampling = Sampling(temperature=1.0, seed=0)
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         return RowArguments(
             num_safety=request.threshold.num_safety,
