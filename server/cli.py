@@ -23,6 +23,7 @@ from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
 from modulation.evaluation.prompts_command import prompts
 from modulation.evaluation.robustness_commands import robustness
+from modulation.export.commands import app as export
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
 from server.key_commands import app as keys
@@ -79,6 +80,7 @@ app.add_typer(
     )
 )
 app.add_typer(keys)
+app.add_typer(export)
 
 
 def serve(**flags: Any) -> None:
