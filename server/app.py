@@ -40,12 +40,14 @@ from server.errors import (
     kind_of,
 )
 from server.floods import Thinned
+from server.framing import PlainRequests
 from server.hardening import SECURITY_HEADERS, SecurityHeaders
+from server.hosts import RefuseForeign
 from server.keys import Keyring
 from server.mask_swap import MaskSwap, Swap
 from server.metrics import CountRequests, Metrics
 from server.playground import OPEN_PATHS, playground_router
-from server.rates import Rates
+from server.rates import RATE_HEADERS, Rates
 from server.reloading import Check, Reloading
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.admin import admin_router
@@ -117,6 +119,13 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
     )
+    if (settings.keys is None and not settings.open_to_anyone) or settings.allowed_hosts:
+        app.add_middleware(
+            RefuseForeign,
+            hosts=settings.allowed_hosts,
+            origins=settings.cors_origins,
+            answer_error=_answer_error,
+        )
     if audit is not None and denials is not None:
         app.add_middleware(
             Audit, log=audit, denials=denials, paths=GENERATING, keeps_prompts=settings.audit_prompts
@@ -128,8 +137,9 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=list(TELLING_HEADERS),
+            expose_headers=[*TELLING_HEADERS, *RATE_HEADERS],
         )
+    app.add_middleware(PlainRequests, answer_error=_answer_error)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))

@@ -48,7 +48,7 @@ def served(settings: Settings, engine: FakeEngine) -> FastAPI:
 @pytest.fixture
 async def client(served: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(served, raise_app_exceptions=False, client=("192.0.2.7", 5000))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -226,7 +226,7 @@ async def test_prompts_are_written_where_that_is_set_and_redacted(
     app = create_app(Settings(engine="fake", keys=keys, audit_log=str(log), audit_prompts=True), engine)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://server", headers=bearer("root")
+        transport=transport, base_url="http://localhost", headers=bearer("root")
     ) as client:
         text = "I am ada@example.org, call +44 20 7946 0958; " * 3
         await client.post(CHAT, json=body_of(messages=[{"role": "user", "content": text}], n=2))
@@ -250,7 +250,7 @@ async def test_a_flood_without_keys_is_a_line_an_address_a_reason_and_a_second(
     async with served.router.lifespan_context(served):
         for address in ("192.0.2.7", "192.0.2.8"):
             transport = httpx.ASGITransport(served, client=(address, 5000))
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 for number in range(200):
                     wrong = {"Authorization": "Bearer nt-wrong"} if number % 2 else {}
                     assert (await client.post(CHAT, headers=wrong, json=body_of())).status_code == 401
@@ -280,7 +280,7 @@ async def test_a_full_disk_stops_no_answer_and_is_counted(
 ) -> None:
     app = create_app(Settings(engine="fake", audit_log="/dev/full"), engine)
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         for _ in range(3):
             assert (await client.post(CHAT, json=body_of())).status_code == 200
         await asyncio.to_thread(app.state.audit.close)

@@ -57,7 +57,7 @@ async def admin(folder: Path, tmp_path: Path, engine: FakeEngine) -> AsyncIterat
     settings = Settings(engine="fake", keys=keys, mask_dir=folder, default_level="security-critical")
     transport = httpx.ASGITransport(create_app(settings, engine))
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://server", headers=bearer("root")
+        transport=transport, base_url="http://localhost", headers=bearer("root")
     ) as client:
         yield client
 
@@ -128,7 +128,7 @@ async def test_every_swap_is_a_line_of_the_audit_log_that_says_who_and_what(
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, client=("192.0.2.7", 5000))
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://server", headers=bearer("root")
+            transport=transport, base_url="http://localhost", headers=bearer("root")
         ) as client:
             for number, path in enumerate(paths):
                 await client.post(URL, json={"path": path}, headers={"X-Request-Id": f"swap-{number}"})
