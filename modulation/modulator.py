@@ -67,6 +67,11 @@ class Modulator:
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose inputs are modulated, one per site."""
+        return [site.module for site in self._sites]
+
     def use_factors(self, factors: Tensor) -> None:
         """From now on, multiply by these factors instead of the mask's: float32 (neurons,), the safety
         set first, by rank. Gradients flow through them."""
@@ -80,7 +85,7 @@ class Modulator:
         self._unseen = {site.name for site in self._sites}
         limits = thresholds.index_select(1, self._kinds)  # (tokens, neurons)
         scale = torch.where(self._ranks < limits, self._factors, self._ones)
-        self._scales = scale.split(self._sizes, dim=1)
+        self._scales = scale.split_with_sizes(self._sizes, dim=1)
 
     def check(self) -> None:
         """Raise ModulationError if the last forward pass went past a site.

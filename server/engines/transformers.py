@@ -44,6 +44,7 @@ from server.engines.base import (
     PromptError,
     PromptTooLongError,
     Sampling,
+    Tallies,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
@@ -54,6 +55,7 @@ from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.steps import hooked
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
+from server.engines.tallying import Tally
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -134,6 +136,7 @@ class TransformersEngine:
             },
             mask=profile_of(loaded_mask),
         )
+        self._tally = Tally()
         self._numbers = itertools.count()
         self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
         self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
@@ -159,7 +162,7 @@ class TransformersEngine:
         )
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager, self._tally))
             self._manager = self._new_manager()
             stack.callback(self._supervisor.close)
             self._supervisor.begin()
@@ -192,6 +195,9 @@ class TransformersEngine:
             num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
+    def tallies(self) -> Tallies:
+        return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(await self._preparing(self._text.encode, prompt))
 
@@ -212,6 +218,7 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        asked = time.perf_counter()
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
@@ -223,8 +230,10 @@ class TransformersEngine:
             text, seen = self._text.stream(request.prompt), 0
             async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:
                 async for step in steps:
+                    queued = (row.begun or asked) - asked
                     if not limit:
-                        yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                        known = self._known(row, 0, 0)
+                        yield Output("", (), "length", len(prompt), 0, queued_seconds=queued, **known)
                         return
                     tokens = tuple(step.generated_tokens[seen:])
                     known = self._known(row, seen, len(tokens))
@@ -238,6 +247,7 @@ class TransformersEngine:
                         finish_reason=finish,
                         num_prompt_tokens=len(prompt),
                         num_completion_tokens=seen,
+                        queued_seconds=queued,
                         **known,
                     )
 
@@ -356,6 +366,7 @@ class TransformersEngine:
             ) from error
         self._manager.start()
         self._probe()
+        self._manager.count_in(self._tally)
         self._manager.deliver_to_handlers_only()
 
     def _stop_manager(self) -> None:
