@@ -117,7 +117,7 @@ def _refusals(series: Series) -> Sequence[Panel]:
         lines(
             "Refusal rate by level",
             "percentunit",
-            "Of the requests at a level, how many answers begin like a refusal.",
+            "Answers that begin like a refusal, per request at the level; each of several choices counts.",
             Query(series.share(refused, asked), "{{level_applied}}"),
         ),
         lines(

@@ -1,4 +1,4 @@
-"""PromQL of rules and panels, read by a parser that is not Prometheus' own: which series an expression asks for."""
+"""PromQL of rules and panels, read by another parser than Prometheus': which series it asks for."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The dashboards' files: current, whole, drawable, and about metrics that exist. Grafana itself has not drawn them."""
+"""The dashboards' files: current, whole, drawable, about metrics that exist. Grafana has not drawn them here."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_the_files_are_what_the_generator_makes_now() -> None:
     made = dashboards()
-    assert sorted(made) == ["safety.json", "serving.json", "slo.json"] == [path.name for path in DASHBOARD_FILES]
+    assert (
+        sorted(made) == ["safety.json", "serving.json", "slo.json"] == [path.name for path in DASHBOARD_FILES]
+    )
     for path in DASHBOARD_FILES:
         assert path.read_text() == made[path.name], f"{path.name} is out of date: make dashboards"
 
@@ -96,7 +98,9 @@ def test_panels_and_choices_name_only_series_and_labels_that_exist(path: Path) -
                 assert selector.name in known, (panel["title"], selector.name)
                 matched = {each.name for each in selector.matchers.matchers}
                 assert matched <= known[selector.name], (panel["title"], selector.name)
-            assert found.grouped_by <= set.union(*(known[one.name] for one in found.selectors)), panel["title"]
+            assert found.grouped_by <= set.union(*(known[one.name] for one in found.selectors)), panel[
+                "title"
+            ]
     for variable in read(path)["templating"]["list"]:
         if variable["type"] == "query":
             metric, _, label = variable["query"].removeprefix("label_values(").rpartition(", ")

@@ -1,4 +1,4 @@
-"""What Prometheus and Alertmanager are given: valid, tested to fire and to be silent, about metrics that exist."""
+"""What Prometheus and Alertmanager are given: valid, about metrics that exist, seen to fire and to be silent."""
 
 import re
 from pathlib import Path
