@@ -41,11 +41,11 @@ class Prometheus:
         groups = self.http.get("/api/v1/rules").json()["data"]["groups"]
         return {rule["name"]: rule for group in groups for rule in group["rules"]}
 
-    def until(self, holds: Callable[[], bool], what: str, seconds: float) -> None:
-        """Wait until something holds, for so long at most."""
+    def until(self, holds: Callable[[], bool], what: Callable[[], str], seconds: float) -> None:
+        """Wait until something holds, for so long at most; then say what did not."""
         deadline = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what()}"
             time.sleep(POLL_SECONDS)
 
 
@@ -74,7 +74,7 @@ def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
         try:
             with httpx.Client(base_url=f"http://{own}", timeout=30) as http:
                 found = Prometheus(http)
-                found.until(lambda: _is_ready(http, process), "Prometheus is ready", 60)
+                found.until(lambda: _is_ready(http, process), lambda: "Prometheus is ready", 60)
                 yield found
         finally:
             process.terminate()

@@ -1,4 +1,4 @@
-"""The dashboards' files: current, whole, drawable, about metrics that exist. Grafana has not drawn them here."""
+"""The dashboards' files: current, whole, about metrics that exist. Grafana has not drawn them here."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What Prometheus and Alertmanager are given: valid, about metrics that exist, seen to fire and to be silent."""
+"""What Prometheus and Alertmanager are given: valid, about metrics that exist, seen to fire or be silent."""
 
 import re
 from pathlib import Path
