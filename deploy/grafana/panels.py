@@ -46,12 +46,20 @@ class Query:
 
 
 def tile(
-    title: str, unit: str, query: str, about: str, *, width: int = 3, steps: Sequence[tuple[float, str]] = ()
+    title: str,
+    unit: str,
+    query: str,
+    about: str,
+    *,
+    width: int = 3,
+    color: str = "green",
+    steps: Sequence[tuple[float, str]] = (),
 ) -> Panel:
-    """One number. `steps` are values from which on it has another colour than green."""
+    """One number. `steps` are values from which on it has another colour."""
     panel = stat.Panel().graph_mode(common.BigValueGraphMode.AREA).color_mode(common.BigValueColorMode.VALUE)
     panel = panel.reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
-    return _panel(panel, title, unit, about, [Query(query)], width, height=4).thresholds(_steps(steps))
+    panel = _panel(panel, title, unit, about, [Query(query)], width, height=4)
+    return panel.thresholds(_steps(steps, color))
 
 
 def lines(title: str, unit: str, about: str, *queries: Query, width: int = 8, stacked: bool = False) -> Panel:
@@ -143,7 +151,9 @@ def _choices(present: str) -> Iterator[Any]:
         ("instance", "Server", f"label_values({present}{{{chosen}}}, instance)"),
     ):
         variable = QueryVariable(name).label(label).query(query).datasource(DATASOURCE).multi(True)
-        variable = variable.include_all(True).all_value(".*").sort(models.VariableSort.ALPHABETICAL_ASC)
+        variable = variable.include_all(True).sort(models.VariableSort.ALPHABETICAL_ASC)
+        if name != "job":  # of jobs, all means all of ours: `up` has others
+            variable = variable.all_value(".*")
         everything = models.VariableOption(selected=True, text=["All"], value=["$__all"])
         yield variable.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).current(everything)
 
@@ -170,8 +180,8 @@ def _panel(
     return panel
 
 
-def _steps(steps: Sequence[tuple[float, str]]) -> ThresholdsConfig:
-    levels = [models.Threshold(value=None, color="green")]
+def _steps(steps: Sequence[tuple[float, str]], below: str = "green") -> ThresholdsConfig:
+    levels = [models.Threshold(value=None, color=below)]
     levels += [models.Threshold(value=value, color=color) for value, color in steps]
     return ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(levels)
 

@@ -78,7 +78,14 @@ def _tiles(series: Series) -> Sequence[Panel]:
             "Servers that Prometheus cannot scrape.",
             steps=[(1, "red")],
         ),
-        tile("Engines", "short", f"sum({series.gauge('engine_ready')})", "Engines that take requests."),
+        tile(
+            "Engines",
+            "short",
+            f"sum({series.gauge('engine_ready')})",
+            "Engines that take requests.",
+            color="red",
+            steps=[(1, "green")],
+        ),
         tile(
             "Running",
             "short",

@@ -85,6 +85,8 @@ def _row(kept: Mapping[str, str], objective: str, title: str, about: str) -> Seq
             f"1 - {burn[RANGE]}",
             f"{about} What is left of the failures that are allowed in the time shown; below 0: more were.",
             width=6,
+            color="red",
+            steps=[(0, "yellow"), (0.5, "green")],
         ),
         tile(
             f"{title}: burn rate, 1 h",

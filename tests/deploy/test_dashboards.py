@@ -183,5 +183,5 @@ def values_of(path: Path) -> dict[str, str]:
     """A value for each variable that the expressions of a dashboard may use."""
     found = {one["name"]: one for one in read(path)["templating"]["list"] if one["type"] == "custom"}
     chosen = {name: one["current"]["value"] for name, one in found.items()}
-    everything = dict.fromkeys(("job", "model_name", "instance"), ".*")
+    everything = {"job": "neurontune", "model_name": ".*", "instance": ".*"}
     return chosen | everything | {"__rate_interval": "1m", "__range": "1h"}

@@ -36,6 +36,19 @@ def test_rules_do_what_their_tests_say(path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_two_groups_share_a_name_and_what_alerts_look_at_is_recorded_before_them() -> None:
+    """In live rules a step lies between at most. promtool goes by the order that is listed, and puts what is not
+    listed first: alerts then miss, some of the time, what their tests wait for."""
+    groups = [group for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"]]
+    names = [group["name"] for group in groups]
+    assert len(set(names)) == len(names)
+    recording = {group["name"] for group in groups if all("record" in rule for rule in group["rules"])}
+    for path in TESTS:
+        order = yaml.safe_load(path.read_text())["group_eval_order"]
+        assert sorted(order) == sorted(names), path
+        assert set(order[: len(recording)]) == recording, path
+
+
 def test_every_alert_is_tested_to_fire_and_to_be_silent() -> None:
     cases = [
         case for path in TESTS for test in yaml.safe_load(path.read_text())["tests"]
