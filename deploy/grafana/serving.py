@@ -24,7 +24,10 @@ LATENCIES: Final = {
         "e2e_request_latency_seconds",
         "From a request's arrival to the end of its completed answer.",
     ),
-    "Queue time": ("request_queue_time_seconds", "In the engine, before an answer's first step."),
+    "Queue time": (
+        "request_queue_time_seconds",
+        "In the engine, before an answer's first step. Up to 0.3 s is one bucket: there the mean tells more.",
+    ),
 }
 PHASES: Final = {
     "queue": "request_queue_time_seconds",
