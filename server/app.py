@@ -37,6 +37,7 @@ from server.errors import (
     RequestError,
     RouteNotFoundError,
     SettingsError,
+    ShuttingDownError,
     error_body,
     kind_of,
 )
@@ -97,14 +98,19 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     drain = drain or Drain()
-    app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
+
+    async def refuse(request: Request, error: ShuttingDownError) -> Response:
+        metrics.rejected(error)
+        return await _answer_error(request, error)
+
+    app.add_middleware(RefuseWhenDraining, drain=drain, answer=refuse)
     anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
     app.state.keyring = keyring
     app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
     check_callers(app.state.callers(), engine.describe().levels)
     find_caller = everybody(anonymous) if keyring is None else by_key(keyring.find)
     audit = app.state.audit = _audit_log(settings, metrics)
-    app.state.mask_swap = _mask_swap(settings, engine, app.state.callers, audit)
+    app.state.mask_swap = _mask_swap(settings, engine, app.state.callers, audit, metrics)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
@@ -176,18 +182,23 @@ def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     if settings.audit_log is None:
         return None
     return open_audit_log(
-        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
+        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_failed
     )
 
 
 def _mask_swap(
-    settings: Settings, engine: Engine, callers: Callable[[], Sequence[Caller]], audit: AuditLog | None
+    settings: Settings,
+    engine: Engine,
+    callers: Callable[[], Sequence[Caller]],
+    audit: AuditLog | None,
+    metrics: Metrics,
 ) -> MaskSwap:
     def check(levels: SafetyLevels) -> None:
         levels.parse(settings.default_level)
         check_callers(callers(), levels)
 
     def note(error: Exception | None, detail: str) -> None:
+        metrics.mask_reloaded(is_in_force=error is None)
         if audit is not None:
             audit.write(reload_record("mask", error, detail))
 
