@@ -37,8 +37,8 @@ def test_rules_do_what_their_tests_say(path: Path) -> None:
 
 
 def test_no_two_groups_share_a_name_and_what_alerts_look_at_is_recorded_before_them() -> None:
-    """In live rules a step lies between at most. promtool goes by the order that is listed, and puts what is not
-    listed first: alerts then miss, some of the time, what their tests wait for."""
+    """promtool evaluates groups in the order listed, and those that are not listed first, in any order:
+    an alert that came before what it looks at was silent in some runs of the same test."""
     groups = [group for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"]]
     names = [group["name"] for group in groups]
     assert len(set(names)) == len(names)
