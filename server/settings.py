@@ -32,6 +32,8 @@ def _listed(given: Any) -> Any:
 
 
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
+Host = Annotated[str, Field(pattern=r"^[^/\s,:\[\]]+$")]
+Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_listed)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
 
 
@@ -123,6 +125,11 @@ class Settings(BaseSettings):
     cors_origins: Origins = Field(
         default=(),
         description="Origins whose web pages may call this server, separated by commas. Default: none.",
+    )
+    allowed_hosts: Hosts = Field(
+        default=(),
+        description="Names that requests may be sent to beside localhost, separated by commas. Default: "
+        "without keys on loopback none, else any.",
     )
     max_engine_failures: Count = Field(
         default=3,
