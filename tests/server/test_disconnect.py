@@ -89,7 +89,7 @@ async def test_a_client_that_stops_reading_and_leaves_is_forgotten(engine: FakeE
 
     request = GenerateRequest(Chat((EngineMessage("user", "Hi"),)), ZERO)
     generated = engine.generate(request)  # held here: the garbage collector has no part in this
-    outputs = merged([Metrics(engine).measured(generated, time.perf_counter())])
+    outputs = merged([Metrics(engine).measured(generated, time.perf_counter(), "off")])
     answers = ChatAnswers("demo", "print", 1, logprobs=False, tools=None)
     stream = EventStream(outputs, answers.events(outputs, include_usage=False), {})
     answering = asyncio.create_task(stream({"type": "http"}, client.receive, send))
