@@ -85,7 +85,7 @@ class Modulator:
         self._unseen = {site.name for site in self._sites}
         limits = thresholds.index_select(1, self._kinds)  # (tokens, neurons)
         scale = torch.where(self._ranks < limits, self._factors, self._ones)
-        self._scales = scale.split_with_sizes(self._sizes, dim=1)
+        self._scales = torch.split(scale, self._sizes, dim=1)
 
     def check(self) -> None:
         """Raise ModulationError if the last forward pass went past a site.

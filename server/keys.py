@@ -213,8 +213,17 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+Keys = tuple[tuple[str, datetime | None, Caller], ...]
+"""The hash of each key, when it ends, and whose it is."""
+
+
+def callers_in(keys: Keys) -> tuple[Caller, ...]:
+    """Everybody who has one of the keys."""
+    return tuple(caller for _, _, caller in keys)
+
+
 class Keyring:
-    """The keys in force. `reload` puts those that the file has now in force, all of them or none."""
+    """The keys in force: all those of the file, as it was when it was last read and used."""
 
     def __init__(
         self,
@@ -232,25 +241,28 @@ class Keyring:
         self._default_floor = default_floor
         self._check = check
         self._clock = clock
-        self._known: tuple[tuple[str, datetime | None, Caller], ...] = ()
-        self.reload()
+        self._known: Keys = ()
+        self.use(self.read())
 
     @property
     def callers(self) -> tuple[Caller, ...]:
         """Everybody who has a key."""
-        return tuple(caller for _, _, caller in self._known)
+        return callers_in(self._known)
 
-    def reload(self) -> None:
-        """Read the file again. Raises SettingsError and changes nothing if it cannot be used."""
-        known = tuple(
+    def read(self) -> Keys:
+        """What the file has now. Raises SettingsError if it is no key file."""
+        return tuple(
             (entry.hash, entry.expires, entry.caller(self._default_floor))
             for entry in read_entries(self._path)
         )
+
+    def use(self, keys: Keys) -> None:
+        """Put them in force, all of them or none. Raises SettingsError if they make no sense."""
         try:
-            self._check([caller for _, _, caller in known])
+            self._check(callers_in(keys))
         except SettingsError as error:
             raise SettingsError(f"Key file {self._path}: {error}") from error
-        self._known = known
+        self._known = keys
 
     def find(self, key: bytes) -> Caller:
         """Whose key this is, compared with every key in constant time.

@@ -20,6 +20,9 @@ from server.errors import RateLimitError
 
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
+RATE_HEADERS: Final = tuple(
+    f"x-ratelimit-{told}-{what}" for what in (REQUESTS, TOKENS) for told in ("limit", "remaining", "reset")
+)
 
 
 class Rates:

@@ -61,7 +61,7 @@ async def test_waiting_for_room_counts(control: Control) -> None:
     control.wait_at = 0
     engine = FakeEngine(max_num_seqs=1, before_token=control.before_token)
     transport = httpx.ASGITransport(create_app(Settings(engine="fake"), engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         running = asyncio.create_task(client.post(CHAT, json=body))
         await until(lambda: engine.healthy().num_running == 1)
@@ -75,7 +75,7 @@ async def test_the_setting_is_the_default_and_the_most(engine: FakeEngine, contr
     control.wait_at = 0
     settings = Settings(engine="fake", request_timeout_seconds=0.1)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         for headers in ({}, {"X-Request-Timeout": "1000"}):
             error_of(await client.post(CHAT, json=body, headers=headers), 408, "deadline_exceeded")
@@ -84,7 +84,7 @@ async def test_the_setting_is_the_default_and_the_most(engine: FakeEngine, contr
 async def test_a_body_that_does_not_arrive_is_408(engine: FakeEngine) -> None:
     async with listen(Settings(engine="fake", read_timeout_seconds=0.1), engine) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: server\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
+        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), timeout=5)
         assert head.startswith(b"HTTP/1.1 408 ")
         length = int(head.lower().partition(b"content-length: ")[2].split()[0])

@@ -132,10 +132,10 @@ def test_a_reload_takes_the_whole_file_or_nothing(tmp_path: Path) -> None:
     keyring = Keyring(path, "balanced", accept)
     path.write_text("keys: [")
     with pytest.raises(SettingsError, match=r"keys\.yaml, line 1"):
-        keyring.reload()
+        keyring.use(keyring.read())
     assert [caller.name for caller in keyring.callers] == ["a", "b"]
     key_file(path, b={"floor": "off"}, c={})
-    keyring.reload()
+    keyring.use(keyring.read())
     assert [(caller.name, caller.floor) for caller in keyring.callers] == [("b", "off"), ("c", "balanced")]
     with pytest.raises(InvalidKeyError):
         keyring.find(key_of("a").encode())

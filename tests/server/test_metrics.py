@@ -293,7 +293,7 @@ async def test_running_waiting_and_the_mask_are_gauges(settings: Settings, contr
     control.wait_at = 1
     engine = FakeEngine(max_num_seqs=2, before_token=control.before_token, max_model_len=100)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         asked = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(5)]
         await until(lambda: engine.healthy().num_waiting == 3 and engine.tallies().kv_cache_usage > 0.03)
@@ -460,7 +460,7 @@ async def test_two_apps_count_apart(settings: Settings) -> None:
     """Metrics belong to an app, not to the process."""
     apps = [create_app(settings, FakeEngine()) for _ in range(2)]
     clients = [
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") for app in apps
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") for app in apps
     ]
     await clients[0].get("/health")
     assert ("neurontune_http_requests_total", "/health", "200") not in await samples(clients[1])

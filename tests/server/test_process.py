@@ -134,7 +134,7 @@ def test_connections_without_a_whole_request_are_closed_in_time() -> None:
     command = [sys.executable, "-m", "server", "serve", "--engine", "fake", "--port", "0"]
     with started([*command, "--read-timeout-seconds", "0.5"]) as (_, printed):
         port = int(printed.partition("http://127.0.0.1:")[2].split()[0].partition("/")[0])
-        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: s\r\nX-Slow: ", KEEP_ALIVE + b"GET /he"):
+        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", KEEP_ALIVE + b"GET /he"):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
                 connection.sendall(sent)
                 received = b""
@@ -143,4 +143,4 @@ def test_connections_without_a_whole_request_are_closed_in_time() -> None:
                 assert received.startswith(b"HTTP/1.1 200") == sent.startswith(KEEP_ALIVE)
 
 
-KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: s\r\n\r\n"
+KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"

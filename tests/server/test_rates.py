@@ -30,7 +30,7 @@ def clients(tmp_path: Path, engine: FakeEngine) -> Clients:
         keys = key_file(tmp_path / "keys.yaml", **entries)
         transport = httpx.ASGITransport(create_app(Settings(engine="fake", keys=keys), engine))
         return lambda name: httpx.AsyncClient(
-            transport=transport, base_url="http://server", headers=bearer(name)
+            transport=transport, base_url="http://localhost", headers=bearer(name)
         )
 
     return of
