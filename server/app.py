@@ -36,6 +36,7 @@ from server.errors import (
     RequestError,
     RouteNotFoundError,
     SettingsError,
+    ShuttingDownError,
     error_body,
     kind_of,
 )
@@ -101,7 +102,12 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     drain = drain or Drain()
-    app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
+
+    async def refuse(request: Request, error: ShuttingDownError) -> Response:
+        metrics.rejected(error)
+        return await _answer_error(request, error)
+
+    app.add_middleware(RefuseWhenDraining, drain=drain, answer=refuse)
     anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
     app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
     check_callers(app.state.callers(), engine.describe().levels)
@@ -113,7 +119,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
         levels.parse(settings.default_level)
         check_callers(callers, levels)
 
-    mask_swap = _mask_swap(settings, engine, check, app.state.callers, audit)
+    mask_swap = _mask_swap(settings, engine, check, app.state.callers, audit, metrics)
     app.state.reloading = Reloading(keyring, mask_swap, check, audit)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
@@ -179,7 +185,7 @@ def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     if settings.audit_log is None:
         return None
     return open_audit_log(
-        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
+        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_failed
     )
 
 
@@ -189,8 +195,10 @@ def _mask_swap(
     check: Check,
     callers: Callable[[], Sequence[Caller]],
     audit: AuditLog | None,
+    metrics: Metrics,
 ) -> MaskSwap:
     def note(swap: Swap) -> None:
+        metrics.mask_reloaded(is_in_force=swap.error is None)
         if audit is not None:
             detail = f"{swap.new} from {swap.file}"
             by = NOBODY if swap.by is None else cast(Mapping[str, str | None], swap.by)

@@ -167,7 +167,7 @@ class AuditLog:
             begins, self._last_lost = now - self._last_lost >= BURST_SECONDS, now
         if begins:
             logging.getLogger(__name__).error(
-                "Lines of the audit log are lost: %s. neurontune_audit_lost_total counts them.", reason
+                "Lines of the audit log are lost: %s. neurontune_audit_failures_total counts them.", reason
             )
 
 

@@ -44,6 +44,7 @@ from server.engines.base import (
     PromptError,
     PromptTooLongError,
     Sampling,
+    Tallies,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
@@ -54,6 +55,7 @@ from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
+from server.engines.tallying import Tally
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -166,6 +168,7 @@ class TransformersEngine:
             },
             mask=profile_of(loaded_mask),
         )
+        self._tally = Tally()
         self._numbers = itertools.count()
         self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
         self._encoding: dict[int, tuple[Prompt, asyncio.Future[list[int]]]] = {}
@@ -192,7 +195,7 @@ class TransformersEngine:
         )
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager, self._tally))
             self._manager = self._new_manager()
             stack.callback(self._supervisor.close)
             self._supervisor.begin()
@@ -225,6 +228,9 @@ class TransformersEngine:
             num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
+    def tallies(self) -> Tallies:
+        return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(await self._preparing(self._text.encode, prompt))
 
@@ -245,6 +251,7 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        asked = time.perf_counter()
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             prompt = await self._encoded(request.prompt)
@@ -259,8 +266,10 @@ class TransformersEngine:
             text, seen = self._text.stream(request.prompt), 0
             async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:
                 async for step in steps:
+                    queued = (row.begun or asked) - asked
                     if not limit:
-                        yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                        known = self._known(row, 0, 0)
+                        yield Output("", (), "length", len(prompt), 0, queued_seconds=queued, **known)
                         return
                     known = self._known(row, seen, len(step.tokens))
                     seen += len(step.tokens)
@@ -273,6 +282,7 @@ class TransformersEngine:
                         finish_reason=finish,
                         num_prompt_tokens=len(prompt),
                         num_completion_tokens=seen,
+                        queued_seconds=queued,
                         **known,
                     )
 
@@ -396,6 +406,7 @@ class TransformersEngine:
         self._manager.start()
         with passing_all_sites(self._model):
             self._probe()
+        self._manager.count_in(self._tally)
         self._manager.deliver_to_handlers_only()
 
     def _stop_manager(self) -> None:

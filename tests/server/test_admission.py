@@ -140,7 +140,10 @@ async def test_beyond_running_and_waiting_requests_the_answer_is_429_at_once(
         refused = await client.post(path, content=b"not even read")
         error_of(refused, 429, "server_overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-    assert 'neurontune_refusals_total{reason="overloaded"} 4.0' in (await client.get("/metrics")).text
+    assert (
+        'neurontune_admission_rejections_total{model_name="demo",reason="overloaded"} 4.0'
+        in (await client.get("/metrics")).text
+    )
     assert (await client.get("/v1/models")).status_code == 200
     control.gate.set()
     assert [response.status_code for response in await asyncio.gather(*asked)] == [200, 200]

@@ -284,6 +284,6 @@ async def test_a_full_disk_stops_no_answer_and_is_counted(
         for _ in range(3):
             assert (await client.post(CHAT, json=body_of())).status_code == 200
         await asyncio.to_thread(app.state.audit.close)
-        assert "neurontune_audit_lost_total 3.0" in (await client.get("/metrics")).text
+        assert "neurontune_audit_failures_total 3.0" in (await client.get("/metrics")).text
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 1 and "No space left on device" in errors[0]

@@ -151,7 +151,7 @@ def test_a_burst_of_losses_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
     log.close()
     assert lost.count == 5
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
-    assert "neurontune_audit_lost_total" in caplog.text
+    assert "neurontune_audit_failures_total" in caplog.text
 
 
 def test_a_disk_that_hangs_holds_nobody_up_and_the_queue_is_bounded(tmp_path: Path) -> None:

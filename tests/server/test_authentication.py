@@ -159,7 +159,7 @@ async def test_denials_are_counted(client: httpx.AsyncClient, ask_as: AskAs) -> 
     text = (await client.get("/metrics", headers=bearer("plain"))).text
     assert 'neurontune_http_requests_total{route="unmatched",status="401"} 1.0' in text
     assert f'neurontune_http_requests_total{{route="{CHAT}",status="403"}} 1.0' in text
-    assert 'neurontune_level_denials_total{reason="forbidden"} 1.0' in text
+    assert 'neurontune_level_denials_total{model_name="demo",reason="forbidden"} 1.0' in text
 
 
 @pytest.mark.parametrize("source", ["header", "body", "suffix"])

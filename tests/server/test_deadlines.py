@@ -43,7 +43,7 @@ async def test_before_the_first_byte_the_end_is_408_and_the_engine_is_free(
     error = error_of(await ask(headers=SOON, stream=stream), 408, "deadline_exceeded")
     assert "0.1 s" in error["message"]
     assert engine.num_aborted == 1 and is_idle(engine)
-    assert 'neurontune_refusals_total{reason="deadline"} 1.0' in (await client.get("/metrics")).text
+    assert 'neurontune_deadlines_exceeded_total{model_name="demo"} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_after_the_first_byte_the_end_is_an_event(

@@ -128,7 +128,7 @@ async def test_one_that_leaves_does_not_disturb_the_others(
         control.gate.set()
         assert (await staying).json()["choices"][0]["finish_reason"] == "stop"
         running = (await client.get("/metrics")).text
-        assert "neurontune_requests_running 0.0" in running
+        assert 'neurontune_num_requests_running{model_name="demo"} 0.0' in running
 
 
 async def test_tokens_arrive_when_they_are_made(

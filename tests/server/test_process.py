@@ -80,7 +80,7 @@ def test_sigterm_refuses_what_is_new_and_lets_what_runs_finish(tmp_path: Path) -
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.headers["connection"] == "close" and "x-request-id" in refused.headers
         assert httpx.get(f"{url}/health").status_code == 200
-        assert "neurontune_requests_running 1.0" in httpx.get(f"{url}/metrics").text
+        assert 'neurontune_num_requests_running{model_name="demo"} 1.0' in httpx.get(f"{url}/metrics").text
         go.touch()
         assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(10) == 0

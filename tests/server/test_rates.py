@@ -53,7 +53,10 @@ async def test_requests_beyond_the_rate_are_429_with_what_is_left(clients: Clien
             assert "'ann' has 0 of 2 requests" in error_of(refused, 429, "rate_limit_exceeded")["message"]
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-        assert 'neurontune_refusals_total{reason="rate_limit"} 2.0' in (await client.get("/metrics")).text
+        assert (
+            'neurontune_admission_rejections_total{model_name="demo",reason="rate_limit"} 2.0'
+            in (await client.get("/metrics")).text
+        )
 
 
 async def test_callers_have_rates_of_their_own_and_without_one_there_is_no_header(clients: Clients) -> None:
