@@ -365,8 +365,9 @@ class Engine(Protocol):
         """Whether the engine can take requests now. Cheap enough to ask at every probe."""
         ...
 
-    def tallies(self) -> Tallies:
-        """What has been counted so far. Cheap, and never waits for a step."""
+    def tallies(self) -> Tallies | None:
+        """What has been counted so far. Cheap, and never waits for a step. None: the steps are those of
+        another server, which has metrics of its own."""
         ...
 
     async def close(self) -> None:
