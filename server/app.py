@@ -101,6 +101,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
                 await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
+    routes = [*app.routes]
     drain = drain or Drain()
 
     async def refuse(request: Request, error: ShuttingDownError) -> Response:
@@ -136,7 +137,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
         app.add_middleware(
             Audit, log=audit, denials=denials, paths=GENERATING, keeps_prompts=settings.audit_prompts
         )
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(CountRequests, metrics=metrics, routes=routes)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -149,16 +150,20 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
-    app.include_router(chat_router(asking))
-    app.include_router(completions_router(asking))
-    app.include_router(tokens_router(asking))
-    app.include_router(models_router(engine, model, created=int(time.time())))
-    app.include_router(levels_router(engine, default))
-    app.include_router(mask_router(engine, default))
-    app.include_router(level_mix_router(engine, metrics))
-    app.include_router(playground_router())
-    app.include_router(health_router(engine, metrics, drain))
-    app.include_router(admin_router(mask_swap, _bounds(settings)))
+    for router in (
+        chat_router(asking),
+        completions_router(asking),
+        tokens_router(asking),
+        models_router(engine, model, created=int(time.time())),
+        levels_router(engine, default),
+        mask_router(engine, default),
+        level_mix_router(engine, metrics),
+        playground_router(),
+        health_router(engine, metrics, drain),
+        admin_router(mask_swap, _bounds(settings)),
+    ):
+        app.include_router(router)
+        routes += router.routes
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

@@ -5,7 +5,7 @@ one registry per app.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modulation.evaluation.judges import REFUSAL_WINDOW, refuses
@@ -305,11 +306,13 @@ def _cumulated(observed: Distribution) -> list[tuple[str, float]]:
 
 
 class CountRequests:
-    """ASGI middleware that counts and times HTTP requests. The route is its template, never its path."""
+    """ASGI middleware that counts and times HTTP requests. The route is its template, never its path: of
+    what is refused before it reaches `routes`, the one that it would have reached."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -326,5 +329,8 @@ class CountRequests:
         try:
             await self._app(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", UNMATCHED)
-            self._metrics.answered(route, status, time.perf_counter() - begun)
+            self._metrics.answered(self._template(scope), status, time.perf_counter() - begun)
+
+    def _template(self, scope: Scope) -> str:
+        found = (route for route in self._routes if route.matches(scope)[0] is not Match.NONE)
+        return getattr(scope.get("route") or next(found, None), "path", UNMATCHED)

@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests.engines.contract import until
 from tests.server.conftest import CHAT, Ask, Control, error_of, events
+from tests.server.keying import bearer, key_file
 from tests.tiny_models import random_mask, save_mask, tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -180,6 +181,33 @@ async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.A
         if key[0] == "neurontune_http_request_duration_seconds_count"
     }
     assert timed == {(CHAT,): 4, ("/health",): 1}
+
+
+async def test_what_is_refused_before_its_route_counts_as_that_route(engine: FakeEngine, tmp_path: Path) -> None:
+    """For want of a key, for its host, and at the end; documentation pages are routes as well."""
+    drain = Drain()
+    keys = key_file(tmp_path / "keys.yaml", ann={})
+    settings = Settings(engine="fake", keys=keys, allowed_hosts="localhost", public_metrics=True)
+    transport = httpx.ASGITransport(create_app(settings, engine, drain))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for i in range(3):
+            error_of(await client.get(f"/v1/models/name-{i}"), 401, "missing_api_key")
+            error_of(await client.get(f"/nowhere/{i}"), 401, "missing_api_key")
+        error_of(await client.post(CHAT, headers={"Host": "evil.example"}), 403, "host_not_allowed")
+        for path in ("/docs", "/openapi.json"):
+            assert (await client.get(path, headers=bearer("ann"))).status_code == 200
+        drain.begin(60)
+        error_of(await client.post(CHAT, headers=bearer("ann")), 503, "shutting_down")
+        seen = await samples(client)
+    counted = {key[1:]: value for key, value in seen.items() if key[0] == "neurontune_http_requests_total"}
+    assert {key: value for key, value in counted.items() if value} == {
+        ("/v1/models/{model_id:path}", "401"): 3,
+        ("unmatched", "401"): 3,
+        (CHAT, "403"): 1,
+        ("/docs", "200"): 1,
+        ("/openapi.json", "200"): 1,
+        (CHAT, "503"): 1,
+    }
 
 
 class Oracle:
