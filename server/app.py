@@ -27,7 +27,7 @@ from server.audit_log import AuditLog, open_audit_log
 from server.authentication import Authenticate, by_key, everybody
 from server.body import Bounds
 from server.callers import ANONYMOUS, Caller
-from server.draining import Drain, RefuseWhenDraining
+from server.draining import WATCHED, Drain, RefuseWhenDraining
 from server.engines.base import Engine, EngineUnavailableError
 from server.errors import (
     ERRORS,
@@ -126,11 +126,14 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
     )
-    if (settings.keys is None and not settings.open_to_anyone) or settings.allowed_hosts:
+    is_private = settings.keys is None and not settings.open_to_anyone
+    if is_private or settings.allowed_hosts:
         app.add_middleware(
             RefuseForeign,
             hosts=settings.allowed_hosts,
             origins=settings.cors_origins,
+            # Those who watch a server come under its address. One without keys must not tell pages even this.
+            open_paths=() if is_private else WATCHED,
             answer_error=_answer_error,
         )
     if audit is not None and denials is not None:

@@ -183,7 +183,9 @@ async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.A
     assert timed == {(CHAT,): 4, ("/health",): 1}
 
 
-async def test_what_is_refused_before_its_route_counts_as_that_route(engine: FakeEngine, tmp_path: Path) -> None:
+async def test_what_is_refused_before_its_route_counts_as_that_route(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
     """For want of a key, for its host, and at the end; documentation pages are routes as well."""
     drain = Drain()
     keys = key_file(tmp_path / "keys.yaml", ann={})
