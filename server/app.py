@@ -77,7 +77,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     nothing new is taken from when `drain` begins.
 
     Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
-    `check_callers` with them.
+    `check_callers` with them; and `metrics`, for what is counted before a request reaches it.
 
     Raises:
         SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
@@ -102,6 +102,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     routes = [*app.routes]
+    app.state.metrics = metrics
     drain = drain or Drain()
 
     async def refuse(request: Request, error: ShuttingDownError) -> Response:

@@ -49,7 +49,7 @@ KNOWN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "request_success": ("stop", "length", "abort", "error"),
         "level_denials": ("invalid", "conflict", "forbidden"),
         "mask_reloads": ("success", "failure"),
-        "admission_rejections": ("overloaded", "rate_limit", "shutting_down"),
+        "admission_rejections": ("overloaded", "connections", "rate_limit", "shutting_down"),
     }
 )
 

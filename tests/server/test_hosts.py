@@ -89,7 +89,7 @@ async def test_with_keys_or_for_anyone_names_are_looked_at_only_where_they_are_s
             error_of(answer, 403, "host_not_allowed")
 
 
-async def test_those_who_watch_a_server_with_keys_or_for_anyone_may_come_under_its_address(
+async def test_those_who_watch_a_server_that_is_not_private_may_come_under_its_address(
     tmp_path: Path,
 ) -> None:
     """Probes and Prometheus ask a pod under its IP, which no setting can name before there is the pod."""

@@ -183,9 +183,7 @@ async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.A
     assert timed == {(CHAT,): 4, ("/health",): 1}
 
 
-async def test_what_is_refused_before_its_route_counts_as_that_route(
-    engine: FakeEngine, tmp_path: Path
-) -> None:
+async def test_what_is_refused_before_its_route_counts_as_it(engine: FakeEngine, tmp_path: Path) -> None:
     """For want of a key, for its host, and at the end; documentation pages are routes as well."""
     drain = Drain()
     keys = key_file(tmp_path / "keys.yaml", ann={})
@@ -350,7 +348,7 @@ async def test_a_request_out_of_time_is_counted_as_that_and_as_aborted(
     seen = await samples(client)
     assert seen["neurontune_deadlines_exceeded_total",] == 1
     rejections = {key: value for key, value in seen.items() if "admission_rejections" in key[0]}
-    assert len(rejections) == 3 and not any(rejections.values())
+    assert len(rejections) == 4 and not any(rejections.values())
 
 
 async def test_running_waiting_and_the_mask_are_gauges(settings: Settings, control: Control) -> None:
