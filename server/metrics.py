@@ -11,7 +11,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -55,13 +55,14 @@ KNOWN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 class Metrics:
-    """Every metric of one app, as the table says."""
+    """Every metric of one app, as the table says, and the client library's own of the process."""
 
     def __init__(self, engine: Engine) -> None:
         info = engine.describe()
         self._engine: Final = engine
         self.registry: Final = CollectorRegistry()
         self.registry.register(_OfEngine(engine))
+        ProcessCollector(registry=self.registry)
         self._model: Final = info.model_id
         self._prompt_tokens: Final = self._counter("prompt_tokens").labels(self._model)
         self._cached_tokens: Final = self._counter("prompt_tokens_cached").labels(self._model)

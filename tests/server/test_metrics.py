@@ -34,15 +34,16 @@ LATENCIES = ("queue", "prefill", "decode", "inference")
 
 
 async def families(client: httpx.AsyncClient) -> dict[str, Metric]:
-    """Every family that is exported, by its name without the prefix; `..._created` left out."""
+    """Every family that is exported, by its name without the prefix; `..._created` and those of the process
+    left out."""
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = list(text_string_to_metric_families(response.text))
-    assert all(family.name.startswith("neurontune_") for family in found)
+    assert all(family.name.startswith(("neurontune_", "process_")) for family in found)
     return {
         family.name.removeprefix("neurontune_"): family
         for family in found
-        if not family.name.endswith("_created")
+        if family.name.startswith("neurontune_") and not family.name.endswith("_created")
     }
 
 
