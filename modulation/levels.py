@@ -20,6 +20,11 @@ UTILITY_PRIORITY: Final = "utility-priority"
 STANDARD: Final = (SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY)
 """Safest first."""
 
+RESERVED: Final = ("default", "custom")
+"""What metrics call a request without a level, and a number: no name of a level."""
+
+MAX_NAME_LENGTH: Final = 64
+
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
@@ -80,10 +85,15 @@ class SafetyLevels:
                 f"proportion of utility neurons from it. Defined: {', '.join(self.named) or 'none'}."
             )
         for name, threshold in self.named.items():
-            if not _NAME.fullmatch(name):
+            if not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
                 raise LevelError(
-                    f"Level name {name!r} is not allowed: use lower-case letters, digits and single "
-                    "hyphens, beginning with a letter."
+                    f"Level name {name[:100]!r} is not allowed: use lower-case letters, digits and single "
+                    f"hyphens, beginning with a letter, at most {MAX_NAME_LENGTH} characters."
+                )
+            if name in RESERVED:
+                raise LevelError(
+                    f"Level name {name!r} is not allowed: metrics have another meaning for it. Not allowed: "
+                    f"{', '.join(RESERVED)}."
                 )
             if not threshold.fits(self.maximum):
                 raise LevelError(

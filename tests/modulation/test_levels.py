@@ -85,6 +85,9 @@ def test_the_largest_number_fits_and_the_next_one_does_not(
         ({"security-critical": Threshold(99, 1)}, r"asks for \(99, 1\)"),
         ({"security-critical": Threshold(2, 1), "Very Safe": Threshold(1, 1)}, "'Very Safe' is not allowed"),
         ({"security-critical": Threshold(2, 1), "12": Threshold(1, 1)}, "'12' is not allowed"),
+        ({"security-critical": Threshold(2, 1), "custom": Threshold(1, 1)}, "'custom' is not allowed"),
+        ({"security-critical": Threshold(2, 1), "default": Threshold(1, 1)}, "'default' is not allowed"),
+        ({"security-critical": Threshold(2, 1), "a" * 65: Threshold(1, 1)}, "at most 64 characters"),
         ({"security-critical": Threshold(0, 1)}, "activates no safety neuron"),
     ],
 )
