@@ -29,6 +29,7 @@ from server.access import GrantedLevel
 from server.engines.base import (
     Distribution,
     Engine,
+    EngineBusyError,
     GrammarError,
     Output,
     PromptError,
@@ -158,7 +159,7 @@ class Metrics:
         `time.perf_counter`.
 
         Closing it closes `outputs`. Tokens count as they come, so those of aborted answers count too. What
-        the engine refuses because of what was asked has not begun and counts as nothing here.
+        the engine refuses, because of what was asked or for want of room, has not begun: it is no answer.
         """
         answer = _Answer(self, arrived, level)
         async with aclosing(outputs):
@@ -166,7 +167,7 @@ class Metrics:
                 async for output in outputs:
                     answer.saw(output)
                     yield output
-            except (PromptError, GrammarError, UnsupportedByEngineError):
+            except (PromptError, GrammarError, UnsupportedByEngineError, EngineBusyError):
                 answer.has_ended = True
                 raise
             except Exception:

@@ -17,7 +17,13 @@ from modulation.levels import ZERO
 from modulation.masks import Mask
 from server.app import create_app
 from server.draining import Drain
-from server.engines.base import EngineUnavailableError, GenerateRequest, GenerationError, Output
+from server.engines.base import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerateRequest,
+    GenerationError,
+    Output,
+)
 from server.engines.fake import MASK_DIGEST, FakeEngine
 from server.engines.transformers import TransformersEngine
 from server.metric_table import TABLE
@@ -297,11 +303,14 @@ async def test_waiting_for_room_is_queue_time_and_prefill_begins_after_it(
         assert queue + prefill < first
 
 
-async def test_what_the_engine_refuses_for_what_it_says_is_no_answer(
-    ask: Ask, client: httpx.AsyncClient
+async def test_what_the_engine_refuses_for_what_it_says_or_for_want_of_room_is_no_answer(
+    ask: Ask, client: httpx.AsyncClient, control: Control
 ) -> None:
     error_of(await ask(max_tokens=5000), 400, "context_length_exceeded")
     error_of(await ask(response_format={"type": "json_object"}), 400, "unsupported_parameter")
+    control.failure, control.fail_at = EngineBusyError("full", 1), 0
+    for stream in (False, True):
+        error_of(await ask(stream=stream, safety_level="off"), 429, "server_overloaded")
     seen = await samples(client)
     assert sum((await ended(client)).values()) == seen["neurontune_prompt_tokens_total",] == 0
     assert seen["neurontune_requests_total", "balanced", "default"] == 2
