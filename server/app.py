@@ -103,6 +103,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     routes = [*app.routes]
     app.state.metrics = metrics
+    metrics.begin_routes(GENERATING)
     drain = drain or Drain()
 
     async def refuse(request: Request, error: ShuttingDownError) -> Response:

@@ -5,7 +5,7 @@ one registry per app.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 from types import MappingProxyType
@@ -41,6 +41,8 @@ from server.metric_table import TABLE
 CUSTOM: Final = "custom"
 DEFAULT: Final = "default"
 UNMATCHED: Final = "unmatched"
+
+JUDGED: Final = ("200", "500", "503")
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 
@@ -108,6 +110,12 @@ class Metrics:
 
     def _histogram(self, name: str) -> Histogram:
         return Histogram(**_arguments(name, self.registry)).labels(self._model)
+
+    def begin_routes(self, routes: Iterable[str]) -> None:
+        """Of these templates the statuses by which availability is judged are there, as 0."""
+        for route in routes:
+            for status in JUDGED:
+                self._http_requests.labels(route, status)
 
     def granted(self, levels: SafetyLevels, granted: GrantedLevel) -> None:
         """Count a request that got its level. A number counts as `custom`: labels stay few."""

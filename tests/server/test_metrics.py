@@ -174,6 +174,10 @@ async def test_denials_count_by_reason(ask: Ask, client: httpx.AsyncClient) -> N
 
 
 async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.AsyncClient) -> None:
+    name = "neurontune_http_requests_total"
+    begun = {key: value for key, value in (await samples(client)).items() if key[0] == name}
+    known = {(name, route, status) for route in (CHAT, COMPLETIONS) for status in ("200", "500", "503")}
+    assert begun == dict.fromkeys(known, 0)
     await ask()
     await ask(stream=True)
     await ask(messages=[])
@@ -181,13 +185,19 @@ async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.A
     await client.get("/health")
     seen = await samples(client)
     counted = {key[1:]: value for key, value in seen.items() if key[0] == "neurontune_http_requests_total"}
-    assert counted == {(CHAT, "200"): 2, (CHAT, "400"): 1, (CHAT, "405"): 1, ("/health", "200"): 1}
+    assert {key: value for key, value in counted.items() if value} == {
+        (CHAT, "200"): 2,
+        (CHAT, "400"): 1,
+        (CHAT, "405"): 1,
+        ("/health", "200"): 1,
+        ("/metrics", "200"): 1,
+    }
     timed = {
         key[1:]: value
         for key, value in seen.items()
         if key[0] == "neurontune_http_request_duration_seconds_count"
     }
-    assert timed == {(CHAT,): 4, ("/health",): 1}
+    assert timed == {(CHAT,): 4, ("/health",): 1, ("/metrics",): 1}
 
 
 async def test_what_is_refused_before_its_route_counts_as_it(engine: FakeEngine, tmp_path: Path) -> None:
