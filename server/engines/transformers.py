@@ -29,7 +29,6 @@ from modulation.masks import Mask
 from modulation.profiles import profile_of
 from modulation.recorded import refuse_less_safe
 from server.engines.base import (
-    Candidate,
     Chat,
     EngineHealth,
     EngineInfo,
@@ -41,13 +40,12 @@ from server.engines.base import (
     Output,
     ParsedAnswer,
     Prompt,
-    PromptError,
-    PromptTooLongError,
     Sampling,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
+from server.engines.limits import refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
@@ -286,16 +284,11 @@ class TransformersEngine:
     def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
         """The prompt's tokens, the most that may be generated, and the request's row."""
         prompt = self._text.encode(request.prompt)
-        limit = self._token_limit(len(prompt), request.max_tokens)
+        limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
         return prompt, limit, self._row(request, prompt)
 
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
-        for token, _ in request.sampling.logit_bias:
-            if token >= self._vocabulary:
-                raise PromptError(
-                    f"logit_bias: {token} is no token of this model; accepted: 0 to {self._vocabulary - 1}.",
-                    "logit_bias",
-                )
+        refuse_unknown_bias(request.sampling, self._vocabulary)
         return Row(
             prompt,
             request.sampling,
@@ -311,23 +304,15 @@ class TransformersEngine:
             known["logprobs"] = tuple(map(self._spelled, row.logprobs[begin : begin + number]))
         if row.num_prompt_logprobs is not None and begin == 0:
             places = [row.prompt_logprobs[place] for place in range(1, len(row.prompt))]
-            first = TokenLogprob(self._candidate(row.prompt[0], None), ())
+            first = TokenLogprob(self._grammars.candidate(row.prompt[0], None), ())
             known["prompt_logprobs"] = (first, *map(self._spelled, places))
         return known
 
     def _spelled(self, place: PlaceLogprobs) -> TokenLogprob:
         return TokenLogprob(
-            self._candidate(place.token_id, place.logprob),
-            tuple(self._candidate(token, logprob) for token, logprob in place.top),
+            self._grammars.candidate(place.token_id, place.logprob),
+            tuple(self._grammars.candidate(token, logprob) for token, logprob in place.top),
         )
-
-    def _candidate(self, token_id: int, logprob: float | None) -> Candidate:
-        spelling = self._grammars.spelling(token_id)
-        try:
-            text = spelling.decode()
-        except UnicodeDecodeError:  # part of a character; as OpenAI writes it
-            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-        return Candidate(token_id, text, spelling, logprob)
 
     async def close(self) -> None:
         self._preparers.shutdown(wait=False)
@@ -394,21 +379,6 @@ class TransformersEngine:
             if output is not None or not self._manager.is_running():
                 return output
         return None
-
-    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self._info.max_model_len - num_prompt_tokens
-        if room < 1:
-            raise PromptTooLongError(
-                f"The prompt is {num_prompt_tokens} tokens long; with at least one token of answer it "
-                f"must fit the context of {self._info.max_model_len}. Shorten the messages."
-            )
-        if max_tokens is not None and max_tokens > room:
-            raise PromptTooLongError(
-                f"The prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} together exceed "
-                f"the context of {self._info.max_model_len}. Lower max_tokens to {room} or less, or "
-                "leave it out."
-            )
-        return room if max_tokens is None else max_tokens
 
     def _arguments(self, request: GenerateRequest, row: Row, mask: RequestMask) -> RowArguments:
         sampling = request.sampling
