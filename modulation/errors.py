@@ -11,6 +11,7 @@ NeuronTuneError
 ├── ModulationError         the modulation could not be put in force; never serve on
 ├── DataError               data, or an option of what reads them, that cannot be used
 ├── ScoresError             a scores file that cannot be used, or that was made for another model
+├── ExportError             a level that cannot be exported, or a folder that cannot be written
 ├── CheckpointError         an interrupted run that cannot be gone on with
 └── RemoteError             a server that is asked over HTTP and does not answer as it should
 """
@@ -66,6 +67,10 @@ class ScoresError(NeuronTuneError):
 
 class CheckpointError(NeuronTuneError):
     """A checkpoint is damaged, or it belongs to another run than the one that found it."""
+
+
+class ExportError(NeuronTuneError):
+    """A level cannot be exported from this model, or the folder for it cannot be written."""
 
 
 class RemoteError(NeuronTuneError):

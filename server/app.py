@@ -40,7 +40,7 @@ from server.errors import (
     error_body,
     kind_of,
 )
-from server.hardening import SecurityHeaders
+from server.hardening import SECURITY_HEADERS, SecurityHeaders
 from server.keys import Keyring
 from server.mask_swap import MaskSwap
 from server.metrics import CountRequests, Metrics
@@ -221,8 +221,10 @@ class _ErrorResponse(JSONResponse):
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     entry_of(request.scope).failed(error)
-    # What nobody expected is answered outside of the middleware that gives every answer its id.
-    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
+    # What nobody expected is answered outside of the middleware that gives every answer its id and these.
+    headers = dict(SECURITY_HEADERS)
+    if SCOPE_KEY in request.scope:
+        headers[REQUEST_ID_HEADER] = request.scope[SCOPE_KEY]
     headers |= getattr(error, "headers", {})
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"

@@ -23,6 +23,7 @@ from modulation.errors import NeuronTuneError
 from modulation.evaluation.commands import evaluate
 from modulation.evaluation.prompts_command import prompts
 from modulation.evaluation.robustness_commands import robustness
+from modulation.export.commands import app as export
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
 from server.key_commands import app as keys
@@ -79,6 +80,7 @@ app.add_typer(
     )
 )
 app.add_typer(keys)
+app.add_typer(export)
 
 
 def serve(**flags: Any) -> None:
@@ -86,10 +88,12 @@ def serve(**flags: Any) -> None:
     settings = read_settings({name: value for name, value in flags.items() if value is not None})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
+    from server.connections import Limits, allow_files
     from server.draining import Drain
     from server.process import EngineEnd, bind, run
 
     end = EngineEnd()
+    allow_files(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         engine = build_engine(settings, end)
         try:
@@ -109,7 +113,9 @@ def serve(**flags: Any) -> None:
             end,
             lambda: reload(application),
             grace_seconds=settings.grace_seconds,
-            read_timeout_seconds=settings.read_timeout_seconds,
+            limits=Limits(
+                settings.max_connections, settings.read_timeout_seconds, settings.request_timeout_seconds
+            ),
         )
 
 

@@ -104,6 +104,9 @@ class Settings(BaseSettings):
     read_timeout_seconds: Seconds = Field(
         default=30, description="Longest that a request's head, and then its body, may take to arrive."
     )
+    max_connections: Count = Field(
+        default=1024, description="Most connections, idle ones too; beyond that one is closed, with 429."
+    )
     max_body_bytes: Count = Field(default=4 * 2**20, description="Most bytes of a request's body.")
     max_messages: Count = Field(default=2048, description="Most messages of a conversation.")
     grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(

@@ -31,7 +31,7 @@ def test_every_link_leads_somewhere_and_every_named_test_exists(page: Path) -> N
 def test_every_command_that_is_shown_exists_with_its_flags(page: Path) -> None:
     for line in re.findall(r"neurontune ((?:[a-z]+ ?)+(?:[^`\n|]*))", "\n".join(code_of(page))):
         words = line.split()
-        command = words[: 2 if words[0] in ("demo", "keys") and len(words) > 1 else 1]
+        command = words[: 2 if words[0] in ("demo", "export", "keys") and len(words) > 1 else 1]
         shown = CliRunner().invoke(app, [*command, "--help"], terminal_width=200)
         assert shown.exit_code == 0, line
         for flag in re.findall(r"(?<!\S)(--[a-z-]+)", line):

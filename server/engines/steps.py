@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modulation.errors import ModelError
+from modulation.sites import find_sites
 from server.engines.batching import LevelManager
 from server.engines.masks import Masks
 from server.engines.rows import Row
@@ -29,6 +31,30 @@ def hooked(model: PreTrainedModel, masks: Masks, manager: Callable[[], LevelMana
         stack.callback(model.register_forward_pre_hook(steps.before, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(steps.after).remove)
         yield
+
+
+@contextmanager
+def passing_all_sites(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block there are forward passes, and each site of the model is called in them: also those
+    that only another mask than the one in force has neurons of.
+
+    Raises, at the end:
+        ModelError: a site was not called.
+    """
+    unseen = {site.name for site in find_sites(model)}
+    with ExitStack() as hooks:
+        for site in find_sites(model):
+
+            def saw(_module: nn.Module, _arguments: Any, name: str = site.name) -> None:
+                unseen.discard(name)
+
+            hooks.callback(site.module.register_forward_pre_hook(saw).remove)
+        yield
+    if unseen:
+        raise ModelError(
+            f"The model {type(model).__name__} does not go through {min(unseen)} and {len(unseen) - 1} more "
+            "sites: its code bypasses the hooks, so it cannot be modulated there."
+        )
 
 
 class _Steps:

@@ -14,11 +14,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -47,20 +46,51 @@ from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
 from server.engines.limits import refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
+from server.engines.preparing import Preparers
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
-from server.engines.steps import hooked
+from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
 _GREEDY_BELOW: Final = 1e-5
-_NUM_PREPARERS: Final = 2
-T = TypeVar("T")
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a step has brought to one request. The manager's own outputs hold all its tokens, each time anew:
+    a client that does not read would keep a number of them that grows with the square of its answer."""
+
+    tokens: tuple[int, ...]
+    is_last: bool
+    error: str | None
+
+
+class _Arriving:
+    """What the steps have brought to one request and nobody has taken yet, each token once."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[_Step | None] = asyncio.Queue()
+        self._num_seen = 0
+
+    def put(self, output: GenerationOutput) -> None:
+        """Keep what is new in what the manager says."""
+        tokens = tuple(output.generated_tokens[self._num_seen :])
+        self._num_seen += len(tokens)
+        self._queue.put_nowait(_Step(tokens, output.is_finished(), output.error))
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._queue.put_nowait(None)
+
+    async def next(self) -> _Step | None:
+        """The next one; None: nothing more will come."""
+        return await self._queue.get()
 
 
 class TransformersEngine:
@@ -133,8 +163,8 @@ class TransformersEngine:
             mask=profile_of(loaded_mask),
         )
         self._numbers = itertools.count()
-        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
-        self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
+        self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_closed)
+        self._open: dict[str, tuple[LevelManager, _Arriving]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching: dict[str, Any] = {
             "page_size": _PAGE_SIZE,
@@ -191,13 +221,13 @@ class TransformersEngine:
         )
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await self._preparing(self._text.encode, prompt))
+        return tuple(await self._preparers.encoded(prompt))
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await self._preparing(self._text.decode, token_ids)
+        return await self._preparers.run(self._text.decode, token_ids)
 
     async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await self._preparing(self._text.spell, token_ids))
+        return tuple(await self._preparers.run(self._text.spell, token_ids))
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         return self._text.parse(text, chat)
@@ -212,8 +242,11 @@ class TransformersEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
-            # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-            prompt, limit, row = await self._preparing(self._prepared, request)
+            prompt = await self._preparers.encoded(request.prompt)
+            limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
+            # Off the event loop, like tokenising: a large schema takes seconds to compile.
+            row = await self._preparers.run(self._row, request, prompt) if request.grammar else None
+            row = row or self._row(request, prompt)
             self._refuse_if_not_ready()
             shares = row.num_prompt_logprobs is None
             name = request_id(next(self._numbers), request.threshold, mask.number, shares_prefixes=shares)
@@ -224,15 +257,14 @@ class TransformersEngine:
                     if not limit:
                         yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
                         return
-                    tokens = tuple(step.generated_tokens[seen:])
-                    known = self._known(row, seen, len(tokens))
-                    seen += len(tokens)
+                    known = self._known(row, seen, len(step.tokens))
+                    seen += len(step.tokens)
                     finish = self._finish_reason(step)
                     if finish:
                         self._supervisor.succeeded()
                     yield Output(
-                        text=text.push(tokens) + (text.finish() if finish else ""),
-                        token_ids=tokens,
+                        text=text.push(step.tokens) + (text.finish() if finish else ""),
+                        token_ids=step.tokens,
                         finish_reason=finish,
                         num_prompt_tokens=len(prompt),
                         num_completion_tokens=seen,
@@ -241,7 +273,7 @@ class TransformersEngine:
 
     async def _steps(
         self, name: str, prompt: list[int], limit: int, arguments: RowArguments
-    ) -> AsyncGenerator[GenerationOutput, None]:
+    ) -> AsyncGenerator[_Step, None]:
         """What the manager says of a request after each of its steps, up to the last one.
 
         Raises:
@@ -249,10 +281,10 @@ class TransformersEngine:
             GenerationError: the request cannot go on.
         """
         self._loop, manager = asyncio.get_running_loop(), self._manager
-        outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        self._open[name] = manager, outputs
+        steps = _Arriving()
+        self._open[name] = manager, steps
         try:
-            manager.register_result_handler(name, outputs.put_nowait)
+            manager.register_result_handler(name, steps.put)
             added = manager.add_request(
                 prompt,
                 request_id=name,
@@ -263,29 +295,17 @@ class TransformersEngine:
             if added is None or not manager.is_running():
                 raise self._unavailable()
             while True:
-                step = await outputs.get()
+                step = await steps.next()
                 if arguments.row.error is not None:
                     raise GenerationError(f"This answer could not go on: {arguments.row.error}.")
                 if step is None or step.error is not None:
                     raise self._unavailable(step.error if step else manager.why_ended)
                 yield step
-                if step.is_finished():
+                if step.is_last:
                     return
         finally:
             del self._open[name]
             manager.forget(name)
-
-    async def _preparing(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run `work` in a thread of those that are kept for prompts: they cannot hold up anything else."""
-        if self._supervisor.is_closed:
-            raise self._unavailable()
-        return await asyncio.get_running_loop().run_in_executor(self._preparers, work, *arguments)
-
-    def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
-        """The prompt's tokens, the most that may be generated, and the request's row."""
-        prompt = self._text.encode(request.prompt)
-        limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
-        return prompt, limit, self._row(request, prompt)
 
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
         refuse_unknown_bias(request.sampling, self._vocabulary)
@@ -315,7 +335,7 @@ class TransformersEngine:
         )
 
     async def close(self) -> None:
-        self._preparers.shutdown(wait=False)
+        self._preparers.close()
         await asyncio.to_thread(self._hooks.close)
 
     def _new_manager(self) -> LevelManager:
@@ -327,7 +347,7 @@ class TransformersEngine:
         """Build manager and cache, and serve with them.
 
         Raises:
-            ModelError: there is no memory for the cache, or the model cannot be served.
+            ModelError: there is no memory for the cache, or the model cannot be served, or not be modulated.
         """
         if self._manager.is_discarded:
             self._manager = self._new_manager()
@@ -340,7 +360,8 @@ class TransformersEngine:
                 f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
             ) from error
         self._manager.start()
-        self._probe()
+        with passing_all_sites(self._model):
+            self._probe()
         self._manager.deliver_to_handlers_only()
 
     def _stop_manager(self) -> None:
@@ -398,10 +419,10 @@ class TransformersEngine:
             mask=mask,
         )
 
-    def _finish_reason(self, step: GenerationOutput) -> FinishReason | None:
-        if not step.is_finished():
+    def _finish_reason(self, step: _Step) -> FinishReason | None:
+        if not step.is_last:
             return None
-        ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
+        ended = bool(step.tokens) and step.tokens[-1] in self._text.stop_ids
         return "stop" if ended else "length"
 
     def _on_end(self, manager: LevelManager) -> None:
@@ -412,13 +433,17 @@ class TransformersEngine:
             self._loop.call_soon_threadsafe(self._fail_open_requests, manager)
 
     def _fail_open_requests(self, manager: LevelManager) -> None:
-        for owner, outputs in self._open.values():
+        for owner, steps in self._open.values():
             if owner is manager:
-                outputs.put_nowait(None)
+                steps.end()
 
     def _why_not_ready(self) -> str | None:
         serves = self._manager.is_serving
         return self._supervisor.reason or (None if serves else "the engine has stopped")
+
+    def _refuse_if_closed(self) -> None:
+        if self._supervisor.is_closed:
+            raise self._unavailable()
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ from server.engines.base import (
 from server.engines.grammar import Grammars, styled
 from server.engines.in_force import InForce
 from server.engines.limits import refuse_unknown_bias, token_limit
+from server.engines.preparing import Preparers
 from server.engines.sizes import resolve_sizes, stop_ids
 from server.engines.supervision import leave_it
 from server.engines.text import ChatText
@@ -57,7 +58,6 @@ from server.engines.vllm_proof import prove_in_force
 from server.engines.vllm_worker import EXTRA_ARGS_KEY, NUM_SLOTS
 
 _GREEDY_BELOW: Final = 1e-5
-_NUM_PREPARERS: Final = 2
 _WATCH_SECONDS: Final = 0.1
 _PAGE_SIZE: Final = 128
 _START_SECONDS: Final = 1800.0
@@ -130,7 +130,7 @@ class VllmEngine:
         self._swapping = asyncio.Lock()
         self._released = asyncio.Event()
         self._numbers = itertools.count()
-        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
+        self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_not_ready)
         self._open: dict[str, _Stream] = {}
         self._why_ended: str | None = None
         self._on_fatal = on_fatal
@@ -187,13 +187,13 @@ class VllmEngine:
         return EngineHealth(True, "", len(self._open) - num_waiting, num_waiting)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await self._preparing(self._text.encode, prompt))
+        return tuple(await self._preparers.encoded(prompt))
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await self._preparing(self._text.decode, token_ids)
+        return await self._preparers.run(self._text.decode, token_ids)
 
     async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await self._preparing(self._text.spell, token_ids))
+        return tuple(await self._preparers.run(self._text.spell, token_ids))
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         return self._text.parse(text, chat)
@@ -207,8 +207,11 @@ class VllmEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         self._refuse_if_not_ready()
-        # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-        prompt, limit, sampling = await self._preparing(self._prepared, request)
+        prompt = await self._preparers.encoded(request.prompt)
+        limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
+        # Off the event loop, like tokenising: a large schema takes seconds to compile.
+        sampling = await self._preparers.run(self._prepared, request, limit) if request.grammar else None
+        sampling = sampling or self._prepared(request, limit)
         self._refuse_if_not_ready()
         stream, name = _Stream(asyncio.get_running_loop()), f"request-{next(self._numbers)}"
         self._open[name] = stream
@@ -246,7 +249,7 @@ class VllmEngine:
     async def close(self) -> None:
         if self._why_ended is None:
             self._why_ended = "the engine is closed"
-        self._preparers.shutdown(wait=False)
+        self._preparers.close()
         self._fail_open_requests()
         await asyncio.to_thread(self._end)
 
@@ -356,19 +359,12 @@ class VllmEngine:
         found: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return found.result(_START_SECONDS)
 
-    async def _preparing(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run `work` in a thread of those that are kept for prompts: they cannot hold up anything else."""
-        self._refuse_if_not_ready()
-        return await asyncio.get_running_loop().run_in_executor(self._preparers, work, *arguments)
-
-    def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, SamplingParams]:
-        """The prompt's tokens, the most that may be generated, and how."""
-        prompt = self._text.encode(request.prompt)
-        limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
+    def _prepared(self, request: GenerateRequest, limit: int) -> SamplingParams:
+        """How a request's tokens are drawn. Raises what keeps it from being asked of vLLM."""
         refuse_unknown_bias(request.sampling, self._vocabulary)
         if request.grammar is not None:
             self._grammars.matcher(request.grammar)  # refuses what cannot be followed
-        return prompt, limit, self._sampling(request, limit)
+        return self._sampling(request, limit)
 
     def _sampling(self, request: GenerateRequest, limit: int) -> SamplingParams:
         sampling = request.sampling

@@ -14,11 +14,12 @@ from modulation.loading import load_model, load_tokenizer
 from modulation.masks import MaskMetadata
 from server.app import create_app
 from server.cli import build_engine
+from server.draining import Drain
 from server.engines.fake import FakeEngine
 from server.engines.transformers import TransformersEngine
 from server.hardening import SECURITY_HEADERS
 from server.settings import Settings, read_settings
-from tests.server.conftest import CHAT
+from tests.server.conftest import CHAT, Control
 from tests.tiny_models import random_mask, tiny_chat_folder, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,21 @@ async def test_every_answer_has_the_security_headers(path: str) -> None:
         stream = await client.post(CHAT, json={**QUESTION, "stream": True})
     for name, value in SECURITY_HEADERS.items():
         assert answer.headers[name] == stream.headers[name] == value
+
+
+async def test_failures_and_refusals_have_the_security_headers(control: Control, engine: FakeEngine) -> None:
+    control.fail_at = 0
+    drain = Drain()
+    app = create_app(Settings(engine="fake"), engine, drain)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        answers = [await client.post(CHAT, json=QUESTION)]
+        drain.begin(60)
+        answers.append(await client.post(CHAT, json=QUESTION))
+    assert [answer.status_code for answer in answers] == [500, 503]
+    for answer in answers:
+        for name, value in SECURITY_HEADERS.items():
+            assert answer.headers.get_list(name) == [value]
 
 
 async def test_no_other_origin_is_let_in_unless_it_is_named() -> None:
