@@ -21,6 +21,10 @@ UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
     | {"trust_remote_code", "allow_less_safe_levels"}
 )
+ONLY_VLLM: Final = frozenset(
+    {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
+    | {"quantization", "gpu_memory_utilization", "vllm_arg"}
+)
 AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
 
 Count = Annotated[int, Field(ge=1)]
@@ -31,6 +35,15 @@ def _listed(given: Any) -> Any:
     return [each.strip() for each in given.split(",")] if isinstance(given, str) else given
 
 
+def _lines(given: Any) -> Any:
+    return [each for each in given.splitlines() if each.strip()] if isinstance(given, str) else given
+
+
+class Repeated:
+    """Marks a setting whose flag may be given several times; in the variable, one a line."""
+
+
+Lines = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_lines), Repeated()]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
 
@@ -78,8 +91,9 @@ class Settings(BaseSettings):
     audit_prompts: bool = Field(
         default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
-    engine: Literal["transformers", "fake"] = Field(
-        default="transformers", description="What generates; 'fake' has no model, for trying the API out."
+    engine: Literal["transformers", "vllm", "fake"] = Field(
+        default="transformers",
+        description="What generates: 'vllm' for large models and many GPUs; 'fake' has no model.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -111,6 +125,24 @@ class Settings(BaseSettings):
     max_messages: Count = Field(default=2048, description="Most messages of a conversation.")
     grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=30, description="Seconds that running requests have to end after SIGTERM."
+    )
+    tensor_parallel_size: Count = Field(default=1, description="vLLM: GPUs that share each layer.")
+    pipeline_parallel_size: Count = Field(
+        default=1, description="vLLM: groups of GPUs that share the layers."
+    )
+    data_parallel_size: Count = Field(default=1, description="vLLM: copies of the model that share requests.")
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        default=None,
+        description="vLLM: processes on this machine, or Ray for several. Default: vLLM's choice.",
+    )
+    quantization: str | None = Field(
+        default=None, description="vLLM: how weights are kept, for example fp8. Default: as the model says."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="vLLM: share of each GPU's memory that it may take. Default: vLLM's own."
+    )
+    vllm_arg: Lines = Field(
+        default=(), description="vLLM: any further engine argument, as KEY=VALUE; may be given several times."
     )
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
     trust_remote_code: bool = Field(
@@ -147,13 +179,23 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _belong_together(self) -> "Settings":
         if self.engine == "fake":
-            useless = sorted(UNKNOWN_TO_FAKE & self.model_fields_set)
+            useless = sorted((UNKNOWN_TO_FAKE | ONLY_VLLM) & self.model_fields_set)
             if useless:
                 raise ValueError(f"the fake engine has no use for {', '.join(useless)}; leave it out")
         elif self.model != DEMO and self.mask is None:
             raise ValueError(
                 f"the model {self.model!r} needs a mask file: give one with --mask, or serve the demo "
                 "model. Nothing is served unmodulated"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fit_the_engine(self) -> "Settings":
+        if self.engine == "transformers" and (useless := sorted(ONLY_VLLM & self.model_fields_set)):
+            raise ValueError(f"only the vllm engine knows {', '.join(useless)}; leave it out")
+        if self.engine == "vllm" and "max_engine_failures" in self.model_fields_set:
+            raise ValueError(
+                "the vllm engine ends the server at its first failure: leave max_engine_failures out"
             )
         return self
 

@@ -346,10 +346,10 @@ class VllmEngine:
         """Stop vLLM and its loop. On any thread but its own."""
         if self._loop.is_closed():
             return
-        if self._llm is not None:
-            self._llm.shutdown()
         with suppress(Exception):
             self._waited_for(_cancel_all())
+        if self._llm is not None:
+            self._llm.shutdown()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -4,6 +4,7 @@ Knows `AsyncEngineArgs`. Knows no requests.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -58,6 +59,8 @@ def prepare_environment() -> None:
     """What vLLM reads from the environment of its processes, where nothing else is said there. Its model
     runner V1 is pinned: modulation is written for it, and a worker that finds another refuses to start."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.WARNING)
     for name, value in (
         ("VLLM_LOGGING_LEVEL", "WARNING"),
         ("VLLM_NO_USAGE_STATS", "1"),

@@ -12,7 +12,7 @@ Whatever could let a token pass unmodulated raises: another model runner, a laye
 a request without a threshold, a step whose thresholds were not filled in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -105,6 +105,8 @@ class NeuronTuneWorker(PlatformWorker):  # type: ignore[misc]
         self._thresholds = torch.zeros((runner.max_num_tokens, 3), dtype=torch.int32, device=self.device)
         self._layers: list[tuple[int, int, int, ModulatedActivation]] = []  # layer, begin, end, module
         self._rows = _Rows(runner, self._thresholds)
+        if current_platform.is_cpu():
+            _UnfinishedPrompts(runner)
 
     def load_model(self, **keywords: Any) -> None:
         super().load_model(**keywords)
@@ -150,13 +152,8 @@ class _Rows:
         self._array = self._staged.numpy()
         self._is_filled = False
         self.num_steps = 0
-        for name in ("_prepare_inputs", "_model_forward"):
-            if not callable(getattr(runner, name, None)):
-                raise VllmModulationError(f"This vLLM's model runner has no {name}: it is another version's.")
-        self._prepare_inputs = runner._prepare_inputs
-        self._model_forward = runner._model_forward
-        runner._prepare_inputs = self.prepare_inputs
-        runner._model_forward = self.model_forward
+        self._prepare_inputs = _replaced(runner, "_prepare_inputs", self.prepare_inputs)
+        self._model_forward = _replaced(runner, "_model_forward", self.model_forward)
 
     def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         """The runner's own, and the thresholds beside it: here the batch's rows are in the order that the
@@ -186,6 +183,43 @@ class _Rows:
         if found is None:
             raise VllmModulationError(f"Request {name} has no threshold: it is not run.")
         return found
+
+
+class _UnfinishedPrompts:
+    """Keeps a seeded request's generator out of the steps that only read a part of its prompt.
+
+    vLLM draws in these steps too, throws the draw away and turns the generator back; on CPU generators cannot
+    be turned back, and vLLM 0.32 dies of it: one seeded request with a long prompt would end the server.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._held: dict[int, Any] = {}
+        self._sample = _replaced(runner, "_sample", self.sample)
+        self._bookkeeping_sync = _replaced(runner, "_bookkeeping_sync", self.bookkeeping_sync)
+
+    def sample(self, *arguments: Any, **keywords: Any) -> Any:
+        batch = self._runner.input_batch
+        unfinished = np.nonzero(self._runner.discard_request_mask.np[: batch.num_reqs])[0]
+        for row in map(int, unfinished):
+            if row in batch.generators:
+                self._held[row] = batch.generators.pop(row)
+        return self._sample(*arguments, **keywords)
+
+    def bookkeeping_sync(self, *arguments: Any, **keywords: Any) -> Any:
+        kept = self._bookkeeping_sync(*arguments, **keywords)
+        self._runner.input_batch.generators.update(self._held)
+        self._held = {}
+        return kept
+
+
+def _replaced(runner: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Put `method` into the place of one of the model runner's own, and give that one back."""
+    own: Callable[..., Any] | None = getattr(runner, name, None)
+    if own is None:
+        raise VllmModulationError(f"This vLLM's model runner has no {name}: it is another version's.")
+    setattr(runner, name, method)
+    return own
 
 
 def _modulated_layers(
