@@ -40,6 +40,7 @@ from server.engines.base import (
     ParsedAnswer,
     Prompt,
     Sampling,
+    Tallies,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
@@ -52,6 +53,7 @@ from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
+from server.engines.tallying import Tally
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -162,6 +164,7 @@ class TransformersEngine:
             },
             mask=profile_of(loaded_mask),
         )
+        self._tally = Tally()
         self._numbers = itertools.count()
         self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_closed)
         self._open: dict[str, tuple[LevelManager, _Arriving]] = {}
@@ -187,7 +190,7 @@ class TransformersEngine:
         )
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager, self._tally))
             self._manager = self._new_manager()
             stack.callback(self._supervisor.close)
             self._supervisor.begin()
@@ -220,6 +223,9 @@ class TransformersEngine:
             num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
+    def tallies(self) -> Tallies:
+        return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(await self._preparers.encoded(prompt))
 
@@ -240,6 +246,7 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        asked = time.perf_counter()
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
             prompt = await self._preparers.encoded(request.prompt)
@@ -254,8 +261,10 @@ class TransformersEngine:
             text, seen = self._text.stream(request.prompt), 0
             async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:
                 async for step in steps:
+                    queued = (row.begun or asked) - asked
                     if not limit:
-                        yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                        known = self._known(row, 0, 0)
+                        yield Output("", (), "length", len(prompt), 0, queued_seconds=queued, **known)
                         return
                     known = self._known(row, seen, len(step.tokens))
                     seen += len(step.tokens)
@@ -268,6 +277,7 @@ class TransformersEngine:
                         finish_reason=finish,
                         num_prompt_tokens=len(prompt),
                         num_completion_tokens=seen,
+                        queued_seconds=queued,
                         **known,
                     )
 
@@ -362,6 +372,7 @@ class TransformersEngine:
         self._manager.start()
         with passing_all_sites(self._model):
             self._probe()
+        self._manager.count_in(self._tally)
         self._manager.deliver_to_handlers_only()
 
     def _stop_manager(self) -> None:

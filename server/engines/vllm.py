@@ -11,6 +11,7 @@ asks may come from any loop.
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from modulation.errors import ModelError
+from modulation.levels import Threshold
 from modulation.loading import load_tokenizer, resolve_dtype
 from modulation.masks import Mask
 from modulation.profiles import profile_of
@@ -44,6 +46,7 @@ from server.engines.base import (
     ParsedAnswer,
     Prompt,
     Sampling,
+    Tallies,
     TokenLogprob,
 )
 from server.engines.grammar import Grammars, styled
@@ -55,6 +58,7 @@ from server.engines.supervision import leave_it
 from server.engines.text import ChatText
 from server.engines.vllm_arguments import VllmArguments, device_of_vllm, engine_arguments
 from server.engines.vllm_proof import prove_in_force
+from server.engines.vllm_stats import VllmStats
 from server.engines.vllm_worker import EXTRA_ARGS_KEY, NUM_SLOTS
 
 _GREEDY_BELOW: Final = 1e-5
@@ -132,6 +136,7 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_not_ready)
         self._open: dict[str, _Stream] = {}
+        self._stats = VllmStats(lambda: len({each.threshold for each in list(self._open.values())}))
         self._why_ended: str | None = None
         self._on_fatal = on_fatal
         self._loop = asyncio.new_event_loop()
@@ -163,6 +168,7 @@ class VllmEngine:
             },
             mask=profile_of(loaded_mask),
         )
+        self._stats.counts = True
         self._watch = asyncio.run_coroutine_threadsafe(self._watched(), self._loop)
 
     def describe(self) -> EngineInfo:
@@ -186,6 +192,9 @@ class VllmEngine:
         num_waiting = sum(not stream.has_begun for stream in self._open.values())
         return EngineHealth(True, "", len(self._open) - num_waiting, num_waiting)
 
+    def tallies(self) -> Tallies:
+        return self._stats.now(len(self._open))
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(await self._preparers.encoded(prompt))
 
@@ -206,6 +215,7 @@ class VllmEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        begun = time.monotonic()
         self._refuse_if_not_ready()
         prompt = await self._preparers.encoded(request.prompt)
         limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
@@ -213,12 +223,13 @@ class VllmEngine:
         sampling = await self._preparers.run(self._prepared, request, limit) if request.grammar else None
         sampling = sampling or self._prepared(request, limit)
         self._refuse_if_not_ready()
-        stream, name = _Stream(asyncio.get_running_loop()), f"request-{next(self._numbers)}"
+        name = f"request-{next(self._numbers)}"
+        stream = _Stream(asyncio.get_running_loop(), request.threshold)
         self._open[name] = stream
         feeding = asyncio.run_coroutine_threadsafe(
             self._feed(stream, name, prompt, sampling, request), self._loop
         )
-        text, seen = self._text.stream(request.prompt), 0
+        text, seen, queued = self._text.stream(request.prompt), 0, 0.0
         try:
             while True:
                 step = await stream.next()
@@ -226,7 +237,8 @@ class VllmEngine:
                     raise step
                 answer = step.outputs[0]
                 finish = self._finish_reason(answer.finish_reason)
-                known = self._known(request, step, limit)
+                queued = queued or _queued_seconds(step, begun)
+                known = self._known(request, step, limit) | {"queued_seconds": queued}
                 if not limit:
                     yield Output("", (), "length", len(prompt), 0, **known)
                     return
@@ -316,7 +328,8 @@ class VllmEngine:
 
     async def _started(self, engine_args: Any) -> AsyncLLM:
         try:
-            return await asyncio.to_thread(AsyncLLM.from_engine_args, engine_args)
+            loggers = {"stat_loggers": [self._stats.logger]}
+            return await asyncio.to_thread(AsyncLLM.from_engine_args, engine_args, **loggers)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(f"vLLM cannot start: {reason}") from error
@@ -440,8 +453,9 @@ class VllmEngine:
 class _Stream:
     """What a request's loop hears from vLLM's."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, threshold: Threshold) -> None:
         self._loop = loop
+        self.threshold = threshold
         self._steps: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self.has_begun = False
 
@@ -454,6 +468,14 @@ class _Stream:
         step = await self._steps.get()
         self.has_begun = True
         return step
+
+
+def _queued_seconds(step: RequestOutput, begun: float) -> float:
+    """From `begun` until the request's first step. vLLM's clock is this one's where its scheduler runs on
+    this machine; where it does not, or says nothing, until its first token."""
+    passed = time.monotonic() - begun
+    scheduled = getattr(step.metrics, "scheduled_ts", 0.0) - begun
+    return scheduled if 0 < scheduled < passed else passed
 
 
 def _drawing(sampling: Sampling) -> dict[str, Any]:

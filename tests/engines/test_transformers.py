@@ -445,6 +445,23 @@ def test_a_family_that_cannot_be_batched_is_refused_at_the_start(family: str, tm
         TransformersEngine(str(tmp_path), tmp_path / "mask.safetensors", served_model_name="tiny")
 
 
+async def test_timing_is_on_the_model_in_sampled_steps_alone(folder: Path) -> None:
+    """The hooks that time would else cost in every step; a step that fails must not leave them either."""
+    async with serving(folder) as engine:
+        (mask,) = engine._masks._hooked
+        seen: list[int] = []
+
+        def count(*_: Any) -> None:
+            seen.append(sum(len(module._forward_pre_hooks) for module in mask.modulator.modules))
+
+        engine._model.register_forward_pre_hook(count)
+        endless = Sampling(temperature=0.0, logit_bias=((1, -100.0),))
+        await collect(engine.generate(ask("hello", THRESHOLDS[1], endless, max_tokens=140)))
+        assert len(seen) == 140
+        assert seen == [9 if number % 64 == 0 else 3 for number in range(1, 141)]
+        assert sum(engine.tallies().modulation_seconds.counts) == 2
+
+
 class TestTransformersEngine(EngineContract):
     """The contract, with the shipped demo model."""
 

@@ -18,7 +18,7 @@ from server.hardening import SECURITY_HEADERS
 from tests.engines.contract import until
 
 pytestmark = pytest.mark.anyio
-GET = b"GET / HTTP/1.1\r\nHost: s\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 MEGABYTES = b"x" * 2**23
 
 
@@ -121,7 +121,7 @@ async def test_a_client_that_does_not_read_does_not_keep_its_connection(is_whole
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await within(0.1, send, much, on_expiry=lambda _: None)
 
-    head = b"GET / HTTP/1.1\r\nHost: s\r\nConnection: close\r\n\r\n"
+    head = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     async with serving(app, Limits(read_seconds=0.2)) as (server, port):
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

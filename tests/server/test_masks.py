@@ -76,7 +76,7 @@ async def test_two_swaps_between_the_grant_and_the_start_are_a_503_that_says_whe
 
     engine = Swapped()
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
         refused = await client.post(CHAT, json=body)
         assert MASK_DIGEST in error_of(refused, 503, "engine_unavailable")["message"]

@@ -69,6 +69,24 @@ class TestVllmEngine(EngineContract):
         asyncio.run(spoilt[0].use_mask(self.masks()[0]))
         return spoilt[0]
 
+    async def test_tallies_count_what_ran_and_how_full_it_is(self, closable_engine: VllmEngine) -> None:
+        """From what was counted before, since this engine is used again; modulation is not timed."""
+        engine = closable_engine
+        await asyncio.gather(*(collect(engine.generate(self.ask(text))) for text in self.prompts))
+        before = engine.tallies()
+        assert before.kv_cache_usage == 0
+        running = engine.generate(self.long_answer)
+        first = await anext(running)
+        await until(lambda: 0 < engine.tallies().kv_cache_usage < 1)
+        outputs = [first, *await collect(running)]
+        num_tokens = outputs[-1].num_completion_tokens
+        await until(lambda: engine.tallies().step_levels.total > before.step_levels.total)
+        alone = engine.tallies()
+        assert alone.kv_cache_usage == 0 == alone.num_restarts
+        assert alone.num_prefix_queries - before.num_prefix_queries == outputs[-1].num_prompt_tokens
+        assert 0 < alone.step_levels.total - before.step_levels.total <= num_tokens + 1
+        assert sum(alone.modulation_seconds.counts) == 0
+
     async def test_a_seeded_request_whose_prompt_takes_several_steps_repeats(
         self, engine: VllmEngine
     ) -> None:
