@@ -216,7 +216,7 @@ async def test_waiting_for_room_is_queue_time_and_prefill_begins_after_it(
     control.wait_at = 0
     engine = FakeEngine(max_num_seqs=1, before_token=control.before_token)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         asked = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(2)]
         await until(lambda: engine.healthy().num_waiting == 1)
@@ -312,7 +312,7 @@ async def test_running_waiting_and_the_mask_are_gauges(settings: Settings, contr
 async def test_who_comes_when_the_server_ends_is_rejected(settings: Settings, engine: FakeEngine) -> None:
     drain = Drain()
     transport = httpx.ASGITransport(create_app(settings, engine, drain))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         drain.begin(60)
         error_of(await client.post(CHAT, json={}), 503, "shutting_down")
         error_of(await client.get("/ready"), 503, "shutting_down")
@@ -330,11 +330,11 @@ async def test_another_mask_is_another_series_and_what_could_not_be_one_is_count
     save_mask(mask, tmp_path)
     (tmp_path / "none.safetensors").write_bytes(b"no mask")
     app = create_app(Settings(engine="fake", mask_dir=tmp_path), engine)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-        await app.state.mask_swap.swap("mask.safetensors")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        await app.state.reloading._swap.swap("mask.safetensors")
         for _ in range(2):
             with pytest.raises(Exception, match="cannot be put in force"):
-                await app.state.mask_swap.swap("none.safetensors")
+                await app.state.reloading._swap.swap("none.safetensors")
         seen = await samples(client)
         shown = {key[1:] for key in seen if key[0] == "neurontune_mask_info"}
         assert shown == {(mask.digest, "contrast+erm")}
@@ -389,7 +389,7 @@ async def test_answers_that_begin_like_a_refusal_count_by_level(
     said = [*REFUSING, *COMPLYING]
     engine = Speaker(*said, *said)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         for level in ("off", "17"):
             for _ in range(len(said) // choices):
                 body = {
@@ -424,7 +424,7 @@ async def demo() -> AsyncIterator[httpx.AsyncClient]:
     engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     transport = httpx.ASGITransport(create_app(Settings(), engine))
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client
     finally:
         await engine.close()
