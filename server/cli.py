@@ -27,7 +27,7 @@ from modulation.export.commands import app as export
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
 from server.key_commands import app as keys
-from server.settings import DEMO, Settings, flag, read_settings, variable
+from server.settings import DEMO, Settings, flag, read_key, read_settings, variable
 
 if TYPE_CHECKING:
     from server.engines.base import Engine
@@ -85,7 +85,8 @@ app.add_typer(export)
 
 def serve(**flags: Any) -> None:
     """Serve the model over OpenAI's API."""
-    settings = read_settings({name: value for name, value in flags.items() if value is not None})
+    given = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
+    settings = read_settings({name: value for name, value in given.items() if flags[name] not in (None, [])})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
     from server.connections import Limits, allow_files
@@ -133,6 +134,8 @@ def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = No
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
         )
+    if settings.engine == "upstream":
+        return _gateway(settings)
     from server.engines.supervision import leave_it
     from server.engines.transformers import TransformersEngine
 
@@ -156,6 +159,24 @@ def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = No
         allow_less_safe_levels=settings.allow_less_safe_levels,
         max_failures=settings.max_engine_failures,
         on_fatal=on_fatal or leave_it,
+    )
+
+
+def _gateway(settings: Settings) -> "Engine":
+    """The engine in front of another server."""
+    from server.engines.upstream import UpstreamEngine
+
+    assert settings.upstream is not None and settings.mask is not None
+    return UpstreamEngine(
+        settings.upstream.rstrip("/").removesuffix("/v1"),
+        settings.mask,
+        served_model_name=settings.served_model_name,
+        upstream_model=settings.upstream_model or settings.served_model_name,
+        key=None if settings.upstream_key_file is None else read_key(settings.upstream_key_file),
+        adapters=dict(each.split("=", 1) for each in settings.adapter),
+        max_model_len=settings.max_model_len,
+        timeout_seconds=settings.upstream_timeout_seconds,
+        allow_less_safe_levels=settings.allow_less_safe_levels,
     )
 
 
@@ -194,7 +215,8 @@ def _parameter(name: str) -> inspect.Parameter:
         metavar=None if switch else "|".join(choices) or "VALUE",
         show_default=False,
     )
-    kind = bool | None if switch else str | None
+    several = get_origin(field.annotation) is tuple
+    kind = bool | None if switch else list[str] | None if several else str | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
     )

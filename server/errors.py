@@ -41,6 +41,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from modulation.errors import LevelError, NeuronTuneError
 from server.engines.base import (
+    EngineBusyError,
     EngineUnavailableError,
     GenerationError,
     GrammarError,
@@ -243,6 +244,7 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         SlowRequestError: ErrorKind(408, "invalid_request_error", "request_timeout"),
         RequestTooLargeError: ErrorKind(413, "invalid_request_error", "request_too_large"),
         OverloadedError: ErrorKind(429, "rate_limit_error", "server_overloaded"),
+        EngineBusyError: ErrorKind(429, "rate_limit_error", "server_overloaded"),
         RateLimitError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
         ClientDisconnectedError: ErrorKind(499, "invalid_request_error", "client_disconnected"),
         GenerationError: ErrorKind(500, "server_error", "generation_failed"),

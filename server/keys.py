@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ KEY_BYTES: Final = 32
 HASH_PREFIX: Final = "sha256:"
 MAX_FILE_BYTES: Final = 2**20
 MAX_RATE: Final = 2**31 - 1
+MAX_DEPTH: Final = 8
 
 
 def _whole(text: Any) -> int:
@@ -138,10 +140,17 @@ def parse_entries(text: str, path: Path) -> tuple[Entry, ...]:
 
 
 def compose(text: str) -> yaml.Node | None:
-    """YAML as nodes, without aliases."""
+    """YAML as nodes, without aliases and no deeper than a key file is: the reader's time grows with the
+    square of the depth."""
+    depth = 0
+    mark: Any
     for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            mark = event.start_mark
+            raise yaml.MarkedYAMLError(problem="a key file is not nested so deeply", problem_mark=mark)
         if isinstance(event, yaml.AliasEvent):
-            mark: Any = event.start_mark
+            mark = event.start_mark
             raise yaml.MarkedYAMLError(problem="a key file has no aliases", problem_mark=mark)
     return yaml.compose(text, Loader=yaml.BaseLoader)
 
@@ -196,15 +205,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_twice(entries: Sequence[Entry], path: Path) -> None:
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
             raise SettingsError(f"Key file {path}: the name {name!r} is given to two keys. Rename one.")
         if name == ANONYMOUS.name:
             raise SettingsError(f"Key file {path}: {name!r} is whoever comes without a key. Rename this one.")
-    hashes = [entry.hash for entry in entries]
+    hashes = Counter(entry.hash for entry in entries)
     for entry in entries:
-        if hashes.count(entry.hash) > 1:
+        if hashes[entry.hash] > 1:
             raise SettingsError(f"Key file {path}: {entry.name!r} and another name have the same key.")
 
 

@@ -251,12 +251,15 @@ class _OfEngine(Collector):
             "num_requests_running": state.num_running,
             "num_requests_waiting": state.num_waiting,
             "engine_ready": state.ready,
-            "kv_cache_usage_perc": tallies.kv_cache_usage,
         }
+        if tallies is not None:
+            gauges["kv_cache_usage_perc"] = tallies.kv_cache_usage
         for name, value in gauges.items():
             gauge = _family(name, GaugeMetricFamily)
             gauge.add_metric(model, value)
             yield gauge
+        if tallies is None:
+            return
         counters = {
             "prefix_cache_queries": tallies.num_prefix_queries,
             "prefix_cache_hits": tallies.num_prefix_hits,

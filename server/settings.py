@@ -13,13 +13,29 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from modulation.files import read_regular
 from server.errors import SettingsError
 
 PREFIX: Final = "NEURONTUNE_"
+MAX_KEY_BYTES: Final = 4096
 DEMO: Final = "demo"
 UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
     | {"trust_remote_code", "allow_less_safe_levels"}
+)
+UNKNOWN_TO_UPSTREAM: Final = frozenset(
+    {
+        "model",
+        "device",
+        "dtype",
+        "kv_cache_tokens",
+        "prefix_caching",
+        "max_engine_failures",
+        "trust_remote_code",
+    }
+)
+UPSTREAM_ONLY: Final = frozenset(
+    {"upstream", "upstream_model", "upstream_key_file", "upstream_timeout_seconds", "adapter"}
 )
 AUDIT_ONLY: Final = frozenset({"audit_max_bytes", "audit_keep", "audit_prompts"})
 
@@ -35,6 +51,9 @@ Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
 Host = Annotated[str, Field(pattern=r"^[^/\s,:\[\]]+$")]
 Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_listed)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
+Adapter = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*=[^=,\s]+$")]
+Adapters = Annotated[tuple[Adapter, ...], NoDecode, BeforeValidator(_listed)]
+Url = Annotated[str, Field(pattern=r"^https?://[^/\s@?#]+[^\s@?#]*$")]
 
 
 class Settings(BaseSettings):
@@ -80,8 +99,23 @@ class Settings(BaseSettings):
     audit_prompts: bool = Field(
         default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
-    engine: Literal["transformers", "fake"] = Field(
-        default="transformers", description="What generates; 'fake' has no model, for trying the API out."
+    engine: Literal["transformers", "upstream", "fake"] = Field(
+        default="transformers",
+        description="What generates; 'upstream': another server; 'fake': nothing, to try the API out.",
+    )
+    upstream: Url | None = Field(
+        default=None, description="Address of the server that generates, for --engine upstream."
+    )
+    upstream_model: str | None = Field(
+        default=None, description="Its name for the base model. Default: --served-model-name."
+    )
+    upstream_key_file: Path | None = Field(default=None, description="File that holds the key for it.")
+    adapter: Adapters = Field(
+        default=(),
+        description="LEVEL=NAME: its name for a level's adapter, several with commas. Default: BASE-LEVEL.",
+    )
+    upstream_timeout_seconds: Seconds = Field(
+        default=120, description="Longest that it may say nothing in an answer."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -149,7 +183,8 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"served_model_name": PurePath(str(values.get("model", DEMO))).name} | values
+        named_after = values.get("upstream_model") or values.get("model", DEMO)
+        return {"served_model_name": PurePath(str(named_after)).name} | values
 
     @model_validator(mode="after")
     def _belong_together(self) -> "Settings":
@@ -157,12 +192,30 @@ class Settings(BaseSettings):
             useless = sorted(UNKNOWN_TO_FAKE & self.model_fields_set)
             if useless:
                 raise ValueError(f"the fake engine has no use for {', '.join(useless)}; leave it out")
+        elif self.engine == "upstream":
+            self._check_upstream()
         elif self.model != DEMO and self.mask is None:
             raise ValueError(
                 f"the model {self.model!r} needs a mask file: give one with --mask, or serve the demo "
                 "model. Nothing is served unmodulated"
             )
+        useless = sorted(UPSTREAM_ONLY & self.model_fields_set) if self.engine != "upstream" else []
+        if useless:
+            raise ValueError(f"only the engine 'upstream' has a use for {', '.join(useless)}; leave it out")
         return self
+
+    def _check_upstream(self) -> None:
+        useless = sorted(UNKNOWN_TO_UPSTREAM & self.model_fields_set)
+        if useless:
+            raise ValueError(f"the engine 'upstream' has no use for {', '.join(useless)}; leave it out")
+        if self.upstream is None or self.mask is None:
+            raise ValueError(
+                "the engine 'upstream' needs the server's address, --upstream, and the mask that its "
+                "adapters were exported from, --mask"
+            )
+        levels = [each.partition("=")[0] for each in self.adapter]
+        if len(set(levels)) < len(levels):
+            raise ValueError("adapter names a level twice")
 
     @model_validator(mode="after")
     def _guarded(self) -> "Settings":
@@ -198,6 +251,20 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
         return Settings(**flags)
     except ValidationError as error:
         raise SettingsError(f"{'; '.join(_sentence(one) for one in error.errors())}.") from error
+
+
+def read_key(file: Path) -> str:
+    """The key in `file`: its one line. Raises SettingsError, which does not quote it."""
+    where = f"Setting upstream_key_file ({flag('upstream_key_file')}): {file}"
+    try:
+        key = read_regular(file, MAX_KEY_BYTES).decode("ascii").strip()
+    except OSError as error:
+        raise SettingsError(f"{where} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{where} holds characters that no key has.") from error
+    if not key or any(not each.isprintable() or each.isspace() for each in key):
+        raise SettingsError(f"{where} must hold one key on one line, and nothing else.")
+    return key
 
 
 def flag(name: str) -> str:

@@ -39,7 +39,7 @@ class Visit:
 
         Raises:
             OverloadedError, RateLimitError: not now.
-            InvalidValueError: more answers than there are places.
+            InvalidValueError: never: more answers than there are places, or more tokens than the rate.
         """
         self._seat.take(num_tokens)
         num_charged = sum(num_tokens[::num_choices])

@@ -69,6 +69,10 @@ class EngineUnavailableError(EngineError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class EngineBusyError(EngineUnavailableError):
+    """The engine has no room for this request now, and says so rather than let it wait."""
+
+
 class GenerationError(EngineError):
     """This request failed inside the engine, through no fault of the caller."""
 
@@ -191,7 +195,8 @@ class Output:
 
     `text` and `token_ids` are new; the counts are totals so far. `finish_reason` is None until the
     last output, and that one always comes, also if it adds no text. A token that has no text of its
-    own (part of a character, the end token) arrives with empty `text`. `num_cached_tokens` of the prompt's
+    own (part of a character, the end token) arrives with empty `text`. An engine that is not told a token's
+    number gives -1 for it, also in `logprobs`. `num_cached_tokens` of the prompt's
     were computed before, for another request. `logprobs` has one entry per new token if asked for;
     `prompt_logprobs` comes with the first output, one entry per token of the prompt. `queued_seconds` passed
     from the first `anext` until the request's first step began, tokenising included.
@@ -360,8 +365,9 @@ class Engine(Protocol):
         """Whether the engine can take requests now. Cheap enough to ask at every probe."""
         ...
 
-    def tallies(self) -> Tallies:
-        """What has been counted so far. Cheap, and never waits for a step."""
+    def tallies(self) -> Tallies | None:
+        """What has been counted so far. Cheap, and never waits for a step. None: the steps are those of
+        another server, which has metrics of its own."""
         ...
 
     async def close(self) -> None:

@@ -15,11 +15,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from modulation.demo import MASK_FILE
 from server.cli import app
 from server.settings import Settings, flag, variable
 from tests.server.keying import bearer, key_file
 
 COMMAND = [sys.executable, "-m", "server"]
+UPSTREAM = ["serve", "--port", "0", "--engine", "upstream", "--upstream", "http://127.0.0.1:9/v1/"]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -45,6 +47,9 @@ def test_the_command_itself_imports_nothing_heavy() -> None:
         (["serve", "--engine", "fake", "--port", "0", "--default-level", "nope"], "default_level"),
         (["serve", "--model", "some/model"], "--mask"),
         (["serve", "--engine", "fake", "--host", "192.0.2.1"], "192.0.2.1"),
+        ([*UPSTREAM, "--mask", "no-such-file"], "no-such-file"),
+        ([*UPSTREAM, "--mask", str(MASK_FILE)], "http://127.0.0.1:9 cannot be reached"),
+        ([*UPSTREAM, "--mask", str(MASK_FILE), "--adapter", "nope=x", "--adapter", "balanced=y"], "'nope'"),
         (["inspect", "no-such-file.safetensors"], "no-such-file.safetensors"),
     ],
 )

@@ -107,7 +107,9 @@ def test_every_known_key_is_compared_whoever_asks(tmp_path: Path, monkeypatch: p
         ("keys: []\n---\nkeys: []\n", "line 2"),
         ("keys:\n- !!python/object/apply:os.system [true]\n", "line 2: keys.0"),
         ("keys: [[1, 2]: 3]", "must be text"),
-        ("[" * 5000, "keys.yaml"),
+        ("[" * 5000, "line 1: a key file is not nested so deeply"),
+        ("keys: " + "[" * 10**6, "line 1: a key file is not nested so deeply"),
+        ("- " * 500_000, "line 1: a key file is not nested so deeply"),
         ("keys: \0", "keys.yaml"),
     ],
 )

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.errors import SettingsError
-from server.settings import Settings, read_settings
+from server.settings import Settings, read_key, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +38,16 @@ def test_an_unknown_variable_is_an_error_that_lists_the_known_ones(monkeypatch: 
         read_settings({})
 
 
+UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"port": "abc"}, "--port, NEURONTUNE_PORT"), ({"port": "65536"}, "65535"), ({"port": "-1"}, "port"),
         ({"max_num_seqs": "0"}, "--max-num-seqs"), ({"max_model_len": "0"}, "--max-model-len"),
         ({"kv_cache_tokens": "many"}, "many"), ({"device": "tpu"}, "'auto', 'cpu' or 'cuda'"),
-        ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers' or 'fake'"),
+        ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers', 'upstream' or 'fake'"),
         ({"log_level": "loud"}, "debug"), ({"prefix_caching": "perhaps"}, "--prefix-caching"),
         ({"mask": ""}, "must not be empty"), ({"model": ""}, "must not be empty"),
         ({"colour": "red"}, "colour"), ({"cors_origins": "app.example"}, "--cors-origins"),
@@ -52,6 +55,16 @@ def test_an_unknown_variable_is_an_error_that_lists_the_known_ones(monkeypatch: 
         ({"model": "some/model"}, "--mask"), ({"model": "."}, "served_model_name"),
         ({"engine": "fake", "mask": "m.safetensors"}, "no use for mask"),
         ({"engine": "fake", "model": "some/model", "dtype": "float16"}, "no use for dtype, model"),
+        ({"engine": "upstream", "upstream": "http://up"}, "--mask"),
+        ({"engine": "upstream", "mask": "m"}, "--upstream"),
+        ({"upstream": "http://up"}, "only the engine 'upstream'"),
+        ({"adapter": "balanced=b"}, "adapter; leave it"),
+        ({**UPSTREAM, "device": "cpu"}, "no use for device"),
+        ({**UPSTREAM, "model": "m"}, "no use for model"),
+        ({**UPSTREAM, "upstream": "up:1"}, "--upstream"),
+        ({**UPSTREAM, "upstream": "http://me:it@up"}, "--upstream"),
+        ({**UPSTREAM, "adapter": "b"}, "--adapter"),
+        ({**UPSTREAM, "adapter": "a=b,a=c"}, "a level twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: str) -> None:
@@ -66,6 +79,31 @@ def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: st
 def test_the_served_name_is_the_last_part_of_the_model(model: str, name: str) -> None:
     settings = read_settings({"model": model, "mask": "m.safetensors"})
     assert settings.served_model_name == name and settings.mask == Path("m.safetensors")
+
+
+def test_the_served_name_is_the_last_part_of_the_upstreams_model_and_that_is_the_served_name() -> None:
+    settings = read_settings(
+        {**UPSTREAM, "upstream_model": "Qwen/Qwen2.5-0.5B", "adapter": "balanced=a, off=b"}
+    )
+    assert settings.served_model_name == "Qwen2.5-0.5B" and settings.adapter == ("balanced=a", "off=b")
+    assert read_settings(UPSTREAM).served_model_name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [(None, "cannot be read: No such file"), (b"", "one key"), (b"a b", "one key"), (b"\xff", "no key has")],
+)
+def test_a_key_file_that_holds_no_key_is_refused(tmp_path: Path, contents: bytes | None, words: str) -> None:
+    file = tmp_path / "key"
+    if contents is not None:
+        file.write_bytes(contents)
+    with pytest.raises(SettingsError, match=words):
+        read_key(file)
+
+
+def test_a_key_file_holds_one_line(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-abc\n")
+    assert read_key(tmp_path / "key") == "sk-abc"
 
 
 def test_settings_are_frozen() -> None:
