@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     audit_prompts: bool = Field(
         default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
+    otlp_endpoint: Url | None = Field(
+        default=None, description="OpenTelemetry collector that gets traces, by OTLP over HTTP."
+    )
     engine: Literal["transformers", "upstream", "fake"] = Field(
         default="transformers",
         description="What generates; 'upstream': another server; 'fake': nothing, to try the API out.",
