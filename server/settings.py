@@ -108,6 +108,9 @@ class Settings(BaseSettings):
     audit_prompts: bool = Field(
         default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
+    otlp_endpoint: Url | None = Field(
+        default=None, description="OpenTelemetry collector that gets traces, by OTLP over HTTP."
+    )
     engine: Literal["transformers", "vllm", "upstream", "fake"] = Field(
         default="transformers",
         description="What generates; 'vllm': at scale; 'upstream': another server; 'fake': nothing.",
