@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check audit fix bench load soak fuzz reproduce clean
+.PHONY: install serve test check audit fix dashboards bench load soak fuzz reproduce clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,10 @@ audit: install
 fix: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Grafana's dashboards, from the server's metric table.
+dashboards: install
+	$(BIN)/python -m deploy.grafana.generate_dashboards $(ARGS)
 
 bench: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)

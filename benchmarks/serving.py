@@ -38,7 +38,7 @@ class Served:
     def gauges(self) -> dict[str, float]:
         """How many requests run and wait."""
         text = self.metrics()
-        return {name: value_of(text, f"neurontune_requests_{name}") for name in GAUGES}
+        return {name: value_of(text, f"neurontune_num_requests_{name}") for name in GAUGES}
 
     def memory_mb(self) -> float:
         """Resident memory."""
@@ -60,8 +60,9 @@ class Served:
 
 
 def value_of(text: str, metric: str) -> float:
-    """The value of a metric without labels."""
-    return float(re.findall(rf"^{metric} (\S+)$", text, re.MULTILINE)[0])
+    """The value of a metric that has one, whatever its labels."""
+    (value,) = re.findall(rf"^{metric}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    return float(value)
 
 
 @contextmanager

@@ -90,8 +90,8 @@ class Soak:
         await self._load("soak", self.arguments.seconds, references)
         after = await asyncio.to_thread(self.server.settled)
         ready = await Connection(self.server.port).ask(Raw("GET", "/ready"))
-        lost = value_of(await asyncio.to_thread(self.server.metrics), "neurontune_audit_lost_total")
-        return {"before": before, "after": after, "ready": ready.status, "audit_lost": int(lost)}
+        lost = value_of(await asyncio.to_thread(self.server.metrics), "neurontune_audit_failures_total")
+        return {"before": before, "after": after, "ready": ready.status, "audit_failures": int(lost)}
 
     async def _references(self) -> References:
         """Every right answer, asked for alone, under each mask."""
@@ -181,7 +181,7 @@ def _report(arguments: argparse.Namespace, soak: "Soak", told: dict[str, Any], f
         "nothing lost": not all_of_it.lost,
         "nothing runs or waits": not (after["running"] or after["waiting"]),
         "memory within 5 %": ratio <= MAX_MEMORY_RATIO,
-        "audit log complete": not missing and not told["audit_lost"],
+        "audit log complete": not missing and not told["audit_failures"],
         "ready at the end": told["ready"] == 200,
         "SIGTERM exits with 0": told["exit_code"] == 0,
         "no traceback in the log": "Traceback" not in log,
@@ -204,7 +204,7 @@ def _report(arguments: argparse.Namespace, soak: "Soak", told: dict[str, Any], f
         "memory_mb": {"before": round(before["memory_mb"], 1), "after": round(after["memory_mb"], 1)},
         "memory_ratio": round(ratio, 4),
         "audit_lines": len(lines),
-        "audit_lost": told["audit_lost"],
+        "audit_failures": told["audit_failures"],
         "checks": checks,
     }
     for title, counted in (("fault", measured.faults), ("end, by the audit log", endings(lines))):

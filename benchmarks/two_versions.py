@@ -19,14 +19,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
 
 QUESTIONS = ("bake bread", "mend a bicycle", "write a letter", "plan a garden", "paint a fence", "water ivy")
 READY_SECONDS = 120.0
+
+Running = tuple[httpx.AsyncClient, subprocess.Popen[bytes]]
 
 
 def main() -> None:
@@ -45,14 +47,14 @@ async def _run(arguments: argparse.Namespace) -> None:
     here = Path(__file__).resolve().parents[1]
     async with AsyncExitStack() as stack:
         clients = {
-            name: await stack.enter_async_context(_served(checkout, port))
+            name: (await stack.enter_async_context(_served(checkout, port)))[0]
             for name, checkout, port in (("this", here, 8137), ("other", arguments.other.resolve(), 8138))
         }
         firsts: dict[str, list[float]] = {name: [] for name in clients}
         speeds: dict[str, list[float]] = {name: [] for name in clients}
         for number in range(-arguments.warmup, arguments.rounds):
             for name in source.sample(list(clients), len(clients)):
-                first, speed = await _round(clients[name], arguments.concurrency, arguments.requests)
+                first, speed = await one_round(clients[name], arguments.concurrency, arguments.requests)
                 if number >= 0:
                     firsts[name].append(first)
                     speeds[name].append(speed)
@@ -68,16 +70,21 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
 
 
-@asynccontextmanager
-async def _served(checkout: Path, port: int) -> AsyncIterator[httpx.AsyncClient]:
+def _served(checkout: Path, port: int) -> AbstractAsyncContextManager[Running]:
     command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
     command += ["--log-level", "warning", "--default-level", "off"]
+    return running(command, port, checkout)
+
+
+@asynccontextmanager
+async def running(command: Sequence[str], port: int, checkout: Path) -> AsyncIterator[Running]:
+    """A server that `command` starts in `checkout`, once it is ready on `port`: a client, and the process."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL) as process:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             try:
                 await _ready(client, process)
-                yield client
+                yield client, process
             finally:
                 process.send_signal(signal.SIGTERM)
                 process.wait(30)
@@ -95,7 +102,7 @@ async def _ready(client: httpx.AsyncClient, process: subprocess.Popen[bytes]) ->
     raise SystemExit("A server did not become ready.")
 
 
-async def _round(client: httpx.AsyncClient, concurrency: int, requests: int) -> tuple[float, float]:
+async def one_round(client: httpx.AsyncClient, concurrency: int, requests: int) -> tuple[float, float]:
     """Median seconds to the first token, and tokens per second of all together."""
     begin = time.perf_counter()
     answers = await asyncio.gather(*(_ask_in_turn(client, n, requests) for n in range(concurrency)))

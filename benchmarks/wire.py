@@ -28,7 +28,7 @@ class Raw:
     chunked: bool = False
 
     def to_bytes(self) -> bytes:
-        headers = {"Host": "soak", **self.headers}
+        headers = {"Host": "localhost", **self.headers}
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
             body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(self.body), self.body)

@@ -67,6 +67,11 @@ class Modulator:
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose inputs are modulated, one per site."""
+        return [site.module for site in self._sites]
+
     def use_factors(self, factors: Tensor) -> None:
         """From now on, multiply by these factors instead of the mask's: float32 (neurons,), the safety
         set first, by rank. Gradients flow through them."""

@@ -4,6 +4,7 @@ Knows a mask's shape and metadata, never which neurons they are. Knows no numpy 
 through its own arrays.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from modulation.masks import Mask, NeuronSet
 
 METRICS: Final = ("asr", "over_refusal", "benign_correct", "refusal_plain")
+UNRECORDED: Final = "unrecorded"
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _INTERVAL: Final = ("low", "high")
 
 Rates = Mapping[str, Mapping[str, float]]
@@ -46,8 +49,9 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class MaskProfile:
-    """One mask. `levels` are the recorded rates of its named levels, `curve` those of the thresholds that
-    the levels were chosen from; `prompts` says what they were measured on. Empty: not recorded."""
+    """One mask. `method` says how neurons and factors were found: `attack_aware+maml`. `levels` are the
+    recorded rates of its named levels, `curve` those of the thresholds that the levels were chosen from;
+    `prompts` says what they were measured on. Empty: not recorded."""
 
     num_layers: int
     neurons_per_layer: int
@@ -56,6 +60,7 @@ class MaskProfile:
     prompts: str
     levels: tuple[Recorded, ...]
     curve: tuple[Recorded, ...]
+    method: str = UNRECORDED
 
 
 def profile_of(mask: "Mask") -> MaskProfile:
@@ -75,7 +80,20 @@ def profile_of(mask: "Mask") -> MaskProfile:
         prompts=prompts if isinstance(prompts, str) else "",
         levels=tuple(each for each in levels if each.rates),
         curve=tuple(each for each in curve if each is not None and each.rates),
+        method=_method(mask.metadata.method),
     )
+
+
+def _method(recorded: Mapping[str, Any]) -> str:
+    match recorded:
+        case {"attribution": {"method": str(found)}, "tuning": {"settings": {"method": str(learned)}}}:
+            names = [found, learned]
+        case {"attribution": {"method": str(found)}}:
+            names = [found]
+        case _:
+            names = []
+    known = [name for name in names if _NAME.fullmatch(name)]
+    return "+".join(known) if known and known == names else UNRECORDED
 
 
 def _set(neurons: "NeuronSet") -> SetProfile:

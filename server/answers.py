@@ -38,6 +38,7 @@ from server.engines.base import (
 )
 from server.errors import error_body
 from server.stops import Watch
+from server.streaming import Last
 
 DONE: Final = b"data: [DONE]\n\n"
 # The least that a log-probability is said to be: JSON has no infinity (OpenAI's number for it).
@@ -397,11 +398,11 @@ async def _events(
             raise
         if not isinstance(error, EngineError):
             logging.getLogger(__name__).exception("A stream failed.")
-        yield ending + event(json.dumps(error_body(error), separators=(",", ":")).encode())
+        yield Last(ending + event(json.dumps(error_body(error), separators=(",", ":")).encode()))
         return
     if (end := last()) is not None:
         ending += event(_json(end))
-    yield ending + DONE
+    yield Last(ending + DONE)
 
 
 def event(data: bytes) -> bytes:

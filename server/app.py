@@ -5,12 +5,11 @@ Knows every part by its constructor and none by its inside.
 
 import asyncio
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -23,7 +22,7 @@ from modulation.errors import LevelError
 from modulation.levels import SafetyLevels
 from server.access import check_callers
 from server.admission import Admission
-from server.audit import Audit, entry_of, reload_record
+from server.audit import NOBODY, Audit, entry_of, reload_record
 from server.audit_log import AuditLog, open_audit_log
 from server.authentication import Authenticate, by_key, everybody
 from server.body import Bounds
@@ -37,15 +36,20 @@ from server.errors import (
     RequestError,
     RouteNotFoundError,
     SettingsError,
+    ShuttingDownError,
     error_body,
     kind_of,
 )
-from server.hardening import SecurityHeaders
+from server.floods import Thinned
+from server.framing import PlainRequests
+from server.hardening import SECURITY_HEADERS, SecurityHeaders
+from server.hosts import RefuseForeign
 from server.keys import Keyring
-from server.mask_swap import MaskSwap
+from server.mask_swap import MaskSwap, Swap
 from server.metrics import CountRequests, Metrics
 from server.playground import OPEN_PATHS, playground_router
-from server.rates import Rates
+from server.rates import RATE_HEADERS, Rates
+from server.reloading import Check, Reloading
 from server.request_ids import REQUEST_ID_HEADER, SCOPE_KEY, RequestIds
 from server.routes.admin import admin_router
 from server.routes.asking import TELLING_HEADERS, Asking
@@ -92,25 +96,46 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
             yield
         finally:
             await engine.close()
-            if audit is not None:
+            if audit is not None and denials is not None:
+                denials.close()
                 await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     drain = drain or Drain()
-    app.add_middleware(RefuseWhenDraining, drain=drain, answer=_answer_error)
+
+    async def refuse(request: Request, error: ShuttingDownError) -> Response:
+        metrics.rejected(error)
+        return await _answer_error(request, error)
+
+    app.add_middleware(RefuseWhenDraining, drain=drain, answer=refuse)
     anonymous, keyring = _anonymous(settings), _keyring(settings, engine)
-    app.state.keyring = keyring
     app.state.callers = lambda: (anonymous,) if keyring is None else keyring.callers
     check_callers(app.state.callers(), engine.describe().levels)
     find_caller = everybody(anonymous) if keyring is None else by_key(keyring.find)
     audit = app.state.audit = _audit_log(settings, metrics)
-    app.state.mask_swap = _mask_swap(settings, engine, app.state.callers, audit)
+    denials = None if audit is None else Thinned(audit.write)
+
+    def check(levels: SafetyLevels, callers: Sequence[Caller]) -> None:
+        levels.parse(settings.default_level)
+        check_callers(callers, levels)
+
+    mask_swap = _mask_swap(settings, engine, check, app.state.callers, audit, metrics)
+    app.state.reloading = Reloading(keyring, mask_swap, check, audit)
     open_paths = (*NO_KEY_NEEDED, METRICS) if settings.public_metrics else NO_KEY_NEEDED
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
     )
-    if audit is not None:
-        app.add_middleware(Audit, log=audit, paths=GENERATING, keeps_prompts=settings.audit_prompts)
+    if (settings.keys is None and not settings.open_to_anyone) or settings.allowed_hosts:
+        app.add_middleware(
+            RefuseForeign,
+            hosts=settings.allowed_hosts,
+            origins=settings.cors_origins,
+            answer_error=_answer_error,
+        )
+    if audit is not None and denials is not None:
+        app.add_middleware(
+            Audit, log=audit, denials=denials, paths=GENERATING, keeps_prompts=settings.audit_prompts
+        )
     app.add_middleware(CountRequests, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
@@ -118,8 +143,9 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=list(TELLING_HEADERS),
+            expose_headers=[*TELLING_HEADERS, *RATE_HEADERS],
         )
+    app.add_middleware(PlainRequests, answer_error=_answer_error)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
@@ -132,7 +158,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.include_router(level_mix_router(engine, metrics))
     app.include_router(playground_router())
     app.include_router(health_router(engine, metrics, drain))
-    app.include_router(admin_router(engine, app.state.mask_swap, _bounds(settings)))
+    app.include_router(admin_router(mask_swap, _bounds(settings)))
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -151,49 +177,45 @@ def _bounds(settings: Settings) -> Bounds:
 
 
 async def reload(app: FastAPI) -> None:
-    """Put in force what has changed in the key file and then in the mask file; a file that cannot be used
-    changes nothing."""
-    await _reload_keys(app.state.keyring, app.state.audit)
-    await app.state.mask_swap.reload()
-
-
-async def _reload_keys(keyring: Keyring | None, audit: AuditLog | None) -> None:
-    if keyring is None:
-        return
-    try:
-        await asyncio.to_thread(keyring.reload)
-    except SettingsError as error:
-        logging.getLogger(__name__).error("The keys were not reloaded, the old ones stay in force. %s", error)
-        record = reload_record("keys", error)
-    else:
-        logging.getLogger(__name__).info("The keys were reloaded: %d.", len(keyring.callers))
-        record = reload_record("keys", None, f"{len(keyring.callers)} keys")
-    if audit is not None:
-        audit.write(record)
+    """Put in force what has changed in the files that it reads (`Reloading`)."""
+    await app.state.reloading()
 
 
 def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     if settings.audit_log is None:
         return None
     return open_audit_log(
-        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_lost.inc
+        settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_failed
     )
 
 
 def _mask_swap(
-    settings: Settings, engine: Engine, callers: Callable[[], Sequence[Caller]], audit: AuditLog | None
+    settings: Settings,
+    engine: Engine,
+    check: Check,
+    callers: Callable[[], Sequence[Caller]],
+    audit: AuditLog | None,
+    metrics: Metrics,
 ) -> MaskSwap:
-    def check(levels: SafetyLevels) -> None:
-        levels.parse(settings.default_level)
-        check_callers(callers(), levels)
-
-    def note(error: Exception | None, detail: str) -> None:
+    def note(swap: Swap) -> None:
+        metrics.mask_reloaded(is_in_force=swap.error is None)
         if audit is not None:
-            audit.write(reload_record("mask", error, detail))
+            detail = f"{swap.new} from {swap.file}"
+            by = NOBODY if swap.by is None else cast(Mapping[str, str | None], swap.by)
+            audit.write(reload_record("mask", swap.error, detail, by=by, old=swap.old, new=swap.new))
 
+    if settings.mask_dir is not None and not settings.mask_dir.is_dir():
+        raise SettingsError(f"Setting mask_dir: {settings.mask_dir} is no folder. Make it, or leave it out.")
     file = settings.mask or MASK_FILE
-    reread, digest = None if settings.engine == "fake" else file, engine.describe().mask_digest
-    return MaskSwap(settings.mask_dir or file.parent, reread, engine.use_mask, check, note, digest)
+    reread = None if settings.engine == "fake" else file
+    return MaskSwap(
+        settings.mask_dir or file.parent,
+        reread,
+        engine.use_mask,
+        lambda levels: check(levels, callers()),
+        lambda: engine.describe().mask_digest,
+        note,
+    )
 
 
 def _anonymous(settings: Settings) -> Caller:
@@ -221,8 +243,10 @@ class _ErrorResponse(JSONResponse):
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     entry_of(request.scope).failed(error)
-    # What nobody expected is answered outside of the middleware that gives every answer its id.
-    headers = {REQUEST_ID_HEADER: request.scope[SCOPE_KEY]} if SCOPE_KEY in request.scope else {}
+    # What nobody expected is answered outside of the middleware that gives every answer its id and these.
+    headers = dict(SECURITY_HEADERS)
+    if SCOPE_KEY in request.scope:
+        headers[REQUEST_ID_HEADER] = request.scope[SCOPE_KEY]
     headers |= getattr(error, "headers", {})
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"

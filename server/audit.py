@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,15 +17,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from modulation.levels import SafetyLevel
 from server import request_ids
 from server.audit_log import PROMPT, AuditLog
+from server.callers import SCOPE_KEY as CALLER_KEY
 from server.callers import caller_of
 from server.choices import Choices
 from server.engines.base import Chat, Output, Prompt
 from server.errors import ClientDisconnectedError, kind_of
+from server.floods import LEFT_OUT, Thinned
 from server.redaction import MAX_CHARACTERS, OVERLAP
 
 SCOPE_KEY: Final = "neurontune.audit"
-DENIED: Final = frozenset({401, 403, 429})
+UNAUTHENTICATED: Final = 401
+DENIED: Final = frozenset({UNAUTHENTICATED, 403, 429})
 MAX_SHOWN: Final = 200
+NOBODY: Final[Mapping[str, str | None]] = MappingProxyType(dict.fromkeys(("request_id", "key", "client")))
 
 
 @dataclass
@@ -109,23 +114,51 @@ def entry_of(scope: Scope) -> Entry:
     return entry
 
 
-def reload_record(what: str, error: Exception | None, detail: str = "") -> Mapping[str, Any]:
-    """A record of `what` (keys, mask) having been put in force anew, or not because of `error`."""
+def asker_of(scope: Scope) -> dict[str, str | None]:
+    """Who sends a request, as records name them."""
+    client = scope.get("client")
+    # Without a caller in the scope nobody was let in: a name would claim more than is known.
+    caller = caller_of(scope) if CALLER_KEY in scope else None
+    return {
+        "request_id": scope.get(request_ids.SCOPE_KEY),
+        "key": caller.name if caller else None,
+        "client": client[0] if client else None,
+    }
+
+
+def reload_record(
+    what: str,
+    error: BaseException | None,
+    detail: str = "",
+    *,
+    by: Mapping[str, str | None] = NOBODY,
+    old: str | None = None,
+    new: str | None = None,
+) -> Mapping[str, Any]:
+    """A record of `what` (keys, mask) having been put in force anew, or not because of `error`. `by` is who
+    asked for it in a request, `old` and `new` are digests of masks."""
     return {
         "time": _now(),
         "event": "reload",
+        **by,
         "what": what,
         "ok": error is None,
-        "detail": detail if error is None else str(error),
+        "old": old,
+        "new": new,
+        "detail": detail if error is None else str(error) or type(error).__name__,
     }
 
 
 class Audit:
     """ASGI middleware that writes a record when a request to one of `paths` ends, or a denial of any."""
 
-    def __init__(self, app: ASGIApp, log: AuditLog, paths: Collection[str], keeps_prompts: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, log: AuditLog, denials: Thinned, paths: Collection[str], keeps_prompts: bool
+    ) -> None:
+        """`denials` takes those that come without a key of ours, by their address and why."""
         self._app = app
         self._log = log
+        self._denials = denials
         self._paths = frozenset(paths)
         self._keeps_prompts = keeps_prompts
 
@@ -150,25 +183,26 @@ class Audit:
         finally:
             if status in DENIED or scope["path"] in self._paths:
                 seconds = round(time.perf_counter() - since, 6)
-                self._log.write(record(scope, entry, began, status, seconds))
+                said = record(scope, entry, began, status, seconds)
+                if status == UNAUTHENTICATED:
+                    self._denials.write((said["client"], said["error"]), said)
+                else:
+                    self._denials.write_due()
+                    self._log.write(said)
 
 
 def record(scope: Scope, entry: Entry, began: str, status: int, seconds: float) -> dict[str, Any]:
     """What is said of a request: of `scope`, that `entry` rode in, begun at `began`, ended with `status`."""
-    client = scope.get("client")
-    # Without a caller in the scope nobody was let in: a name would claim more than is known.
-    caller = None if status == 401 else caller_of(scope)
     return {
         "time": began,
         "event": "denied" if status in DENIED else "request",
-        "request_id": scope.get(request_ids.SCOPE_KEY),
-        "key": caller.name if caller else None,
-        "client": client[0] if client else None,
+        **asker_of(scope),
         "method": scope["method"],
         "path": scope["path"][:MAX_SHOWN],
         "status": status,
         **entry.said(),
         "duration_seconds": seconds,
+        LEFT_OUT: 0,
     }
 
 

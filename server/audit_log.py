@@ -22,6 +22,7 @@ from server.redaction import redacted
 STDOUT: Final = "-"
 PROMPT: Final = "prompt"
 CAPACITY: Final = 10_000
+MODE: Final = 0o600
 BURST_SECONDS: Final = 60.0
 CLOSE_SECONDS: Final = 5.0
 
@@ -58,29 +59,41 @@ class AuditFile:
             raise
         self._size += num_written
 
+    def reopen(self) -> None:
+        """Open the file of this name again: a new one if it was moved away. Raises OSError; then the old one
+        is written on."""
+        old = self._file
+        self._open()
+        os.close(old)
+
     def close(self) -> None:
         """Close it."""
         os.close(self._file)
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._file = os.dup(1) if self._path is None else os.open(self._path, flags, 0o600)
+        self._file = os.dup(1) if self._path is None else os.open(self._path, flags, MODE)
         about = os.fstat(self._file)
         self._size = about.st_size
         self._rotates = self._path is not None and stat.S_ISREG(about.st_mode)
+        if self._rotates and stat.S_IMODE(about.st_mode) & ~MODE:
+            log = logging.getLogger(__name__)
+            try:
+                os.fchmod(self._file, MODE)
+                log.warning("The audit log %s could be read by others; its mode is 0600 now.", self._path)
+            except PermissionError:
+                log.warning("The audit log %s can be read or written by others.", self._path)
 
     def _rotate(self) -> None:
         """Begin a new file. If that fails the old one grows on: a line is worth more than a limit."""
         assert self._path is not None
-        old = self._file
         with suppress(OSError):
             if self._path.exists():
                 for number in range(self._keep - 1, 0, -1):
                     with suppress(FileNotFoundError):
                         os.replace(f"{self._path}.{number}", f"{self._path}.{number + 1}")
                 os.replace(self._path, f"{self._path}.1")
-            self._open()
-            os.close(old)
+            self.reopen()
 
 
 class AuditLog:
@@ -99,6 +112,7 @@ class AuditLog:
         self._on_lost = on_lost
         self._clock = clock
         self._queue: queue.Queue[Record | None] = queue.Queue(capacity)
+        self._was_moved = threading.Event()
         self._lock = threading.Lock()
         self._last_lost = -BURST_SECONDS
         self._closed = False
@@ -115,6 +129,10 @@ class AuditLog:
         except queue.Full:
             self._lose(f"{self._queue.maxsize} lines wait already")
 
+    def reopen(self) -> None:
+        """Before the next line is written, begin a new file if the old one has been moved away."""
+        self._was_moved.set()
+
     def close(self) -> None:
         """Write what waits, for some seconds at most."""
         self._closed = True
@@ -127,10 +145,20 @@ class AuditLog:
     def _work(self) -> None:
         while (record := self._queue.get()) is not None:
             try:
+                if self._was_moved.is_set():
+                    self._was_moved.clear()
+                    self._reopen()
                 self._file.write(_line(record))
             except Exception as error:  # whatever it is, the next line gets its chance
                 self._lose(error.strerror or str(error) if isinstance(error, OSError) else repr(error))
         self._file.close()
+
+    def _reopen(self) -> None:
+        try:
+            self._file.reopen()
+        except OSError as error:
+            log = logging.getLogger(__name__)
+            log.error("The audit log cannot be opened anew (%s): it goes on in the old file.", error.strerror)
 
     def _lose(self, reason: str) -> None:
         self._on_lost()
@@ -139,7 +167,7 @@ class AuditLog:
             begins, self._last_lost = now - self._last_lost >= BURST_SECONDS, now
         if begins:
             logging.getLogger(__name__).error(
-                "Lines of the audit log are lost: %s. neurontune_audit_lost_total counts them.", reason
+                "Lines of the audit log are lost: %s. neurontune_audit_failures_total counts them.", reason
             )
 
 

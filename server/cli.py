@@ -89,10 +89,12 @@ def serve(**flags: Any) -> None:
     settings = read_settings({name: value for name, value in given.items() if flags[name] not in (None, [])})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
+    from server.connections import Limits, allow_files
     from server.draining import Drain
     from server.process import EngineEnd, bind, run
 
     end = EngineEnd()
+    allow_files(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         engine = build_engine(settings, end)
         try:
@@ -112,7 +114,9 @@ def serve(**flags: Any) -> None:
             end,
             lambda: reload(application),
             grace_seconds=settings.grace_seconds,
-            read_timeout_seconds=settings.read_timeout_seconds,
+            limits=Limits(
+                settings.max_connections, settings.read_timeout_seconds, settings.request_timeout_seconds
+            ),
         )
 
 

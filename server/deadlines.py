@@ -7,6 +7,7 @@ engine's iterator closes it then.
 import asyncio
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -18,6 +19,8 @@ from server.errors import DeadlineExceededError, InvalidValueError, error_body
 TIMEOUT_HEADER: Final = "X-Request-Timeout"
 # A client that does not read would keep its last event, and its request, for ever.
 LAST_EVENT_SECONDS: Final = 1.0
+# What a client may write for a number; Python reads more as one, `1_0` for example.
+_NUMBER: Final = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 def seconds_of(scope: Scope, at_most: float) -> float:
@@ -29,10 +32,7 @@ def seconds_of(scope: Scope, at_most: float) -> float:
     given = Headers(scope=scope).getlist(TIMEOUT_HEADER)
     if not given:
         return at_most
-    try:
-        seconds = float(given[0])
-    except ValueError:
-        seconds = math.nan
+    seconds = float(given[0]) if _NUMBER.fullmatch(given[0]) else math.nan
     if len(set(given)) > 1 or not 0 < seconds < math.inf:
         raise InvalidValueError(
             f"The header {TIMEOUT_HEADER} must be a number of seconds above 0, given once, not "

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import ShuttingDownError
 
 WATCHED: Final = frozenset({"/health", "/ready", "/metrics"})
-Answer = Callable[[Request, Exception], Awaitable[Response]]
+Answer = Callable[[Request, ShuttingDownError], Awaitable[Response]]
 
 
 class Drain:

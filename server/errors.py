@@ -8,6 +8,9 @@ RequestError                    the caller's mistake; `param` is the path of wha
 ├── SlowRequestError            the body did not arrive in time
 ├── InvalidValueError           a known field with a value that is not accepted
 ├── UnknownParameterError       a field that no version of the API has
+├── AmbiguousLengthError        the request says twice how long it is
+├── ForeignHostError            sent to a name that is not this server's
+├── ForeignOriginError          sent by a web page of another origin
 ├── UnsupportedParameterError   a field of the API that is not supported with this value
 ├── LevelDeniedError            the safety level asked for is not given
 │   ├── InvalidLevelError       unknown, malformed or too large
@@ -78,6 +81,18 @@ class UnknownParameterError(RequestError):
 
 class UnsupportedParameterError(RequestError):
     """A field of OpenAI's API with a value that would change the answer, and that we cannot honour."""
+
+
+class AmbiguousLengthError(RequestError):
+    """The request has two headers that say where it ends, and they need not agree."""
+
+
+class ForeignHostError(RequestError):
+    """The request was sent to a name that is not this server's."""
+
+
+class ForeignOriginError(RequestError):
+    """The request was sent by a web page that is not this server's, nor of an origin that may."""
 
 
 class LevelDeniedError(RequestError):
@@ -207,6 +222,9 @@ ERRORS: Final[Mapping[type[Exception], ErrorKind]] = MappingProxyType(
         InvalidValueError: ErrorKind(400, "invalid_request_error", "invalid_value"),
         UnknownParameterError: ErrorKind(400, "invalid_request_error", "unknown_parameter"),
         UnsupportedParameterError: ErrorKind(400, "invalid_request_error", "unsupported_parameter"),
+        AmbiguousLengthError: ErrorKind(400, "invalid_request_error", "ambiguous_length"),
+        ForeignHostError: ErrorKind(403, "invalid_request_error", "host_not_allowed"),
+        ForeignOriginError: ErrorKind(403, "invalid_request_error", "origin_not_allowed"),
         InvalidLevelError: ErrorKind(400, "invalid_request_error", "invalid_safety_level"),
         LevelError: ErrorKind(400, "invalid_request_error", "invalid_safety_level"),
         LevelConflictError: ErrorKind(400, "invalid_request_error", "safety_level_conflict"),

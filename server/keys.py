@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ KEY_BYTES: Final = 32
 HASH_PREFIX: Final = "sha256:"
 MAX_FILE_BYTES: Final = 2**20
 MAX_RATE: Final = 2**31 - 1
+MAX_DEPTH: Final = 8
 
 
 def _whole(text: Any) -> int:
@@ -138,10 +140,17 @@ def parse_entries(text: str, path: Path) -> tuple[Entry, ...]:
 
 
 def compose(text: str) -> yaml.Node | None:
-    """YAML as nodes, without aliases."""
+    """YAML as nodes, without aliases and no deeper than a key file is: the reader's time grows with the
+    square of the depth."""
+    depth = 0
+    mark: Any
     for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            mark = event.start_mark
+            raise yaml.MarkedYAMLError(problem="a key file is not nested so deeply", problem_mark=mark)
         if isinstance(event, yaml.AliasEvent):
-            mark: Any = event.start_mark
+            mark = event.start_mark
             raise yaml.MarkedYAMLError(problem="a key file has no aliases", problem_mark=mark)
     return yaml.compose(text, Loader=yaml.BaseLoader)
 
@@ -196,15 +205,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_twice(entries: Sequence[Entry], path: Path) -> None:
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
             raise SettingsError(f"Key file {path}: the name {name!r} is given to two keys. Rename one.")
         if name == ANONYMOUS.name:
             raise SettingsError(f"Key file {path}: {name!r} is whoever comes without a key. Rename this one.")
-    hashes = [entry.hash for entry in entries]
+    hashes = Counter(entry.hash for entry in entries)
     for entry in entries:
-        if hashes.count(entry.hash) > 1:
+        if hashes[entry.hash] > 1:
             raise SettingsError(f"Key file {path}: {entry.name!r} and another name have the same key.")
 
 
@@ -213,8 +221,17 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+Keys = tuple[tuple[str, datetime | None, Caller], ...]
+"""The hash of each key, when it ends, and whose it is."""
+
+
+def callers_in(keys: Keys) -> tuple[Caller, ...]:
+    """Everybody who has one of the keys."""
+    return tuple(caller for _, _, caller in keys)
+
+
 class Keyring:
-    """The keys in force. `reload` puts those that the file has now in force, all of them or none."""
+    """The keys in force: all those of the file, as it was when it was last read and used."""
 
     def __init__(
         self,
@@ -232,25 +249,28 @@ class Keyring:
         self._default_floor = default_floor
         self._check = check
         self._clock = clock
-        self._known: tuple[tuple[str, datetime | None, Caller], ...] = ()
-        self.reload()
+        self._known: Keys = ()
+        self.use(self.read())
 
     @property
     def callers(self) -> tuple[Caller, ...]:
         """Everybody who has a key."""
-        return tuple(caller for _, _, caller in self._known)
+        return callers_in(self._known)
 
-    def reload(self) -> None:
-        """Read the file again. Raises SettingsError and changes nothing if it cannot be used."""
-        known = tuple(
+    def read(self) -> Keys:
+        """What the file has now. Raises SettingsError if it is no key file."""
+        return tuple(
             (entry.hash, entry.expires, entry.caller(self._default_floor))
             for entry in read_entries(self._path)
         )
+
+    def use(self, keys: Keys) -> None:
+        """Put them in force, all of them or none. Raises SettingsError if they make no sense."""
         try:
-            self._check([caller for _, _, caller in known])
+            self._check(callers_in(keys))
         except SettingsError as error:
             raise SettingsError(f"Key file {self._path}: {error}") from error
-        self._known = known
+        self._known = keys
 
     def find(self, key: bytes) -> Caller:
         """Whose key this is, compared with every key in constant time.

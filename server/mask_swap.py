@@ -6,7 +6,9 @@ puts a mask in force.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,17 +21,34 @@ if TYPE_CHECKING:
     from modulation.masks import Mask
 
 LOAD_SECONDS: Final = 120.0
+MAX_SHOWN: Final = 200
+NOT_RELOADED: Final = "The mask was not reloaded, the old one stays in force. %s"
 
 UseMask = Callable[["Mask"], Awaitable[EngineInfo]]
 CheckLevels = Callable[[SafetyLevels], None]
 """Raises a NeuronTuneError where what the server has promised is not in these levels."""
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What became of one file: `error` None: it is in force. `new` is the digest of the mask in it, None
+    where it could not be read; `old` of the one in force before. `by` is who asked for it, as given."""
+
+    file: str
+    old: str
+    new: str | None = None
+    error: BaseException | None = None
+    by: object = None
+
+
 class MaskSwap:
     """Puts mask files from `folder` in force, one after another; `file` is the one that a reload reads.
 
-    `file` None: there is none to be read again; `digest` is of what was read from it last. `on_swap`
-    is told of every mask put in force, or of why it was not.
+    `file` None: there is none to be read again. `in_force` tells the digest of the mask in force; at the
+    start it is the one in `file`. `on_swap` is told of every file that was to be put in force.
+
+    Hold `changing` for what must not happen meanwhile: while a mask is checked against anything, and until it
+    is in force.
     """
 
     def __init__(
@@ -38,72 +57,100 @@ class MaskSwap:
         file: Path | None,
         use: UseMask,
         check: CheckLevels,
-        on_swap: Callable[[Exception | None, str], object] = lambda _error, _file: None,
-        digest: str | None = None,
+        in_force: Callable[[], str],
+        on_swap: Callable[[Swap], object] = lambda _swap: None,
     ) -> None:
         self._folder: Final = folder
         self._file: Final = file
         self._use: Final = use
         self._check: Final = check
+        self._in_force: Final = in_force
         self._on_swap: Final = on_swap
-        self._digest = digest
-        self._one_by_one: Final = asyncio.Lock()
+        self._digest = in_force()
+        self.changing: Final = asyncio.Lock()
 
-    async def swap(self, path: str) -> EngineInfo:
-        """Put the mask in the file `path` in force, and say what is served then. `path` is in the folder,
-        or relative to it; links are followed before that is decided.
+    async def swap(self, path: str, by: object = None) -> tuple[str, EngineInfo]:
+        """Put the mask in the file `path` in force; give the digest of the one before, and what is served.
+        `path` is in the folder, or relative to it; links are followed before that is decided.
 
         Raises:
             InvalidMaskError: it cannot be; the mask in force stays.
         """
+        async with self.changing:
+            begun = Swap(path[:MAX_SHOWN], self._in_force(), by=by)
+            with self._telling(begun):
+                mask = await _loaded(self._inside(path))
+            return begun.old, await self._put_in_force(mask, begun, self._check)
+
+    async def read_again(self) -> "Mask | None":
+        """The mask in the file that was named at the start, for `reload`; None where there is no such file,
+        where it has not changed since it was in force (a mask put in force since then stays), or where it
+        cannot be read. Hold `changing`."""
+        if self._file is None:
+            return None
+        log = logging.getLogger(__name__)
+        try:
+            with self._telling(Swap(str(self._file), self._in_force())):
+                mask = await _loaded(self._file)
+        except InvalidMaskError as error:
+            log.error(NOT_RELOADED, error)
+            return None
+        if mask.digest == self._digest:
+            log.info("The mask file %s has not changed; the mask in force stays.", self._file)
+            return None
+        return mask
+
+    async def reload(
+        self, mask: "Mask", check: CheckLevels | None = None, then: Callable[[], object] = int
+    ) -> bool:
+        """Put what `read_again` gave in force, if `check` lets it pass, and call `then` before anybody else
+        can ask for anything. Whether it is in force now. Hold `changing`."""
+        log, begun = logging.getLogger(__name__), Swap(str(self._file), self._in_force())
+        try:
+            await self._put_in_force(mask, begun, check or self._check, then)
+        except InvalidMaskError as error:
+            log.error(NOT_RELOADED, error)
+            return False
+        self._digest = mask.digest
+        log.info("The mask in force is %s, from %s.", mask.digest, self._file)
+        return True
+
+    async def _put_in_force(
+        self, mask: "Mask", begun: Swap, check: CheckLevels, then: Callable[[], object] = int
+    ) -> EngineInfo:
+        begun = replace(begun, new=mask.digest)
+        with self._telling(begun):
+            check(mask.levels)
+            info = await self._use(mask)
+            then()
+        self._on_swap(begun)
+        return info
+
+    def _inside(self, path: str) -> Path:
         try:
             folder, file = self._folder.resolve(), (self._folder / path).resolve()
         except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidMaskError(f"{path[:200]!r} is no path of a file: {error}.", "path") from error
+            raise InvalidMaskError(f"{path[:MAX_SHOWN]!r} is no path of a file: {error}.", "path") from error
         if not file.is_relative_to(folder):
             raise InvalidMaskError(
-                f"{path[:200]!r} is not in the folder that masks are taken from, {folder}. Put the file "
-                "there, or start the server with another mask_dir.",
+                f"{path[:MAX_SHOWN]!r} is not in the folder that masks are taken from, {folder}. Put the "
+                "file there, or start the server with another mask_dir.",
                 "path",
             )
-        info = await self._put_in_force(file)
-        assert info is not None
-        return info
+        return file
 
-    async def reload(self) -> None:
-        """Read the file again that was named at the start; one that cannot be used changes nothing, and
-        neither does one that has not changed: a mask put in force since then stays."""
-        if self._file is None:
-            return
-        log = logging.getLogger(__name__)
+    @contextmanager
+    def _telling(self, begun: Swap) -> Iterator[None]:
+        """Whatever ends the block is told; whatever it is, the server goes on with the old mask."""
         try:
-            info = await self._put_in_force(self._file, unless=self._digest)
-        except InvalidMaskError as error:
-            log.error("The mask was not reloaded, the old one stays in force. %s", error)
-            return
-        if info is None:
-            log.info("The mask file %s has not changed; the mask in force stays.", self._file)
-            return
-        self._digest = info.mask_digest
-        log.info("The mask in force is %s, from %s.", info.mask_digest, self._file)
-
-    async def _put_in_force(self, file: Path, unless: str | None = None) -> EngineInfo | None:
-        """What is served then; None, and nothing done, for a mask whose digest is `unless`."""
-        async with self._one_by_one:
-            try:
-                async with asyncio.timeout(LOAD_SECONDS):
-                    mask = await asyncio.to_thread(_load, file)
-                if mask.digest == unless:
-                    return None
-                self._check(mask.levels)
-                info = await self._use(mask)
-            except Exception as error:  # whatever a file makes fail, the server goes on with the old mask
-                self._on_swap(error, str(file))
-                raise InvalidMaskError(
-                    f"This mask cannot be put in force, the old one stays: {_reason(error)}", "path"
-                ) from error
-            self._on_swap(None, f"{info.mask_digest} from {file}")
-            return info
+            yield
+        except BaseException as error:
+            self._on_swap(replace(begun, error=error))
+            if isinstance(error, InvalidMaskError) or not isinstance(error, Exception):
+                raise
+            raise InvalidMaskError(
+                f"This mask cannot be put in force, the old one stays: {_reason(error)}", "path"
+            ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -113,6 +160,11 @@ def _reason(error: Exception) -> str:
         return f"its file could not be read within {LOAD_SECONDS:g} s."
     logging.getLogger(__name__).error("A mask could not be put in force.", exc_info=error)
     return f"it makes the server fail ({type(error).__name__}); the cause is in its log."
+
+
+async def _loaded(file: Path) -> "Mask":
+    async with asyncio.timeout(LOAD_SECONDS):
+        return await asyncio.to_thread(_load, file)
 
 
 def _load(file: Path) -> "Mask":

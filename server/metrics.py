@@ -1,161 +1,299 @@
-"""What the server counts and measures, in one table, and how a request's answer is measured.
+"""What the server counts and measures, and how an answer is measured on its way.
 
-Knows Prometheus and outputs. Knows no HTTP framework and no field. One instance and one registry per
-app. Buckets are vLLM's, so that people find what they know.
+Knows Prometheus, the table of metrics, and outputs. Knows no HTTP framework and no field. One instance and
+one registry per app.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
-from typing import Final
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, Final, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modulation.levels import SafetyLevels
+from modulation.evaluation.judges import REFUSAL_WINDOW, refuses
+from modulation.levels import SafetyLevel, SafetyLevels
 from server.access import GrantedLevel
-from server.engines.base import Engine, Output
-from server.errors import LevelDeniedError
+from server.engines.base import (
+    Distribution,
+    Engine,
+    GrammarError,
+    Output,
+    PromptError,
+    UnsupportedByEngineError,
+)
+from server.errors import LevelDeniedError, RefusedError
+from server.metric_table import TABLE
 
 CUSTOM: Final = "custom"
 DEFAULT: Final = "default"
 UNMATCHED: Final = "unmatched"
 
-FIRST_TOKEN_BUCKETS: Final = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40),
-    *(80, 160, 640, 2560),
-)
-INTER_TOKEN_BUCKETS: Final = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
-)
-REQUEST_BUCKETS: Final = (
-    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),
+FinishedReason = Literal["stop", "length", "abort", "error"]
+
+# Whatever can be known beforehand begins at 0: a rate needs a point before the first count.
+KNOWN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "request_success": ("stop", "length", "abort", "error"),
+        "level_denials": ("invalid", "conflict", "forbidden"),
+        "mask_reloads": ("success", "failure"),
+        "admission_rejections": ("overloaded", "rate_limit", "shutting_down"),
+    }
 )
 
 
 class Metrics:
-    """Every metric of one app. The constructor is the table."""
+    """Every metric of one app, as the table says."""
 
     def __init__(self, engine: Engine) -> None:
+        info = engine.describe()
         self.registry: Final = CollectorRegistry()
-        to: Final = self.registry
-        running = Gauge("neurontune_requests_running", "Requests that are being answered.", registry=to)
-        running.set_function(lambda: engine.healthy().num_running)
-        waiting = Gauge("neurontune_requests_waiting", "Requests that wait for room.", registry=to)
-        waiting.set_function(lambda: engine.healthy().num_waiting)
-        to.register(_MaskInfo(engine))
-        self.http_requests: Final = Counter(
-            "neurontune_http_requests",
-            "HTTP requests, by route template and status.",
-            ("route", "status"),
-            registry=to,
-        )
-        self.requests: Final = Counter(
-            "neurontune_requests",
-            "Requests for an answer, by the level they asked for and the level applied.",
-            ("level_asked", "level_applied"),
-            registry=to,
-        )
-        self.level_denials: Final = Counter(
-            "neurontune_level_denials",
-            "Requests refused because of their level, by reason.",
-            ("reason",),
-            registry=to,
-        )
-        self.audit_lost: Final = Counter(
-            "neurontune_audit_lost", "Lines of the audit log that could not be written.", registry=to
-        )
-        self.refusals: Final = Counter(
-            "neurontune_refusals",
-            "Requests that found no place, no rate or no more time, by reason.",
-            ("reason",),
-            registry=to,
-        )
-        self.prompt_tokens: Final = Counter(
-            "neurontune_prompt_tokens", "Tokens of prompts that were answered.", registry=to
-        )
-        self.generation_tokens: Final = Counter(
-            "neurontune_generation_tokens", "Tokens generated.", registry=to
-        )
-        self.first_token: Final = Histogram(
-            "neurontune_time_to_first_token_seconds",
-            "Seconds from a request's arrival to its first token.",
-            buckets=FIRST_TOKEN_BUCKETS,
-            registry=to,
-        )
-        self.inter_token: Final = Histogram(
-            "neurontune_inter_token_latency_seconds",
-            "Seconds between a request's tokens.",
-            buckets=INTER_TOKEN_BUCKETS,
-            registry=to,
-        )
-        self.request: Final = Histogram(
-            "neurontune_e2e_request_latency_seconds",
-            "Seconds from a request's arrival to the end of its answer.",
-            buckets=REQUEST_BUCKETS,
-            registry=to,
-        )
+        self.registry.register(_OfEngine(engine))
+        self._model: Final = info.model_id
+        self._prompt_tokens: Final = self._counter("prompt_tokens").labels(self._model)
+        self._cached_tokens: Final = self._counter("prompt_tokens_cached").labels(self._model)
+        self._generation_tokens: Final = self._counter("generation_tokens").labels(self._model)
+        self._success: Final = self._counter("request_success")
+        self._first_token: Final = self._histogram("time_to_first_token_seconds")
+        self._inter_token: Final = self._histogram("inter_token_latency_seconds")
+        self._per_token: Final = self._histogram("request_time_per_output_token_seconds")
+        self._whole: Final = self._histogram("e2e_request_latency_seconds")
+        self._queue: Final = self._histogram("request_queue_time_seconds")
+        self._inference: Final = self._histogram("request_inference_time_seconds")
+        self._prefill: Final = self._histogram("request_prefill_time_seconds")
+        self._decode: Final = self._histogram("request_decode_time_seconds")
+        self._prompt_sizes: Final = self._histogram("request_prompt_tokens")
+        self._answer_sizes: Final = self._histogram("request_generation_tokens")
+        self._http_requests: Final = self._counter("http_requests")
+        self._http_seconds: Final = Histogram(**_arguments("http_request_duration_seconds", self.registry))
+        self._requests: Final = self._counter("requests")
+        self._denials: Final = self._counter("level_denials")
+        self._refusals: Final = self._counter("refusals")
+        self._neurons: Final = self._histogram("active_neurons")
+        self._reloads: Final = self._counter("mask_reloads")
+        self._rejections: Final = self._counter("admission_rejections")
+        self._deadlines: Final = self._counter("deadlines_exceeded").labels(self._model)
+        self._audit_failures: Final = self._counter("audit_failures")
+        for level in (*info.levels.names, CUSTOM):
+            self._refusals.labels(level, self._model)
+
+    def _counter(self, name: str) -> Counter:
+        counter = Counter(**_arguments(name, self.registry))
+        for value in KNOWN.get(name, ()):
+            counter.labels(value, self._model)
+        return counter
+
+    def _histogram(self, name: str) -> Histogram:
+        return Histogram(**_arguments(name, self.registry)).labels(self._model)
 
     def granted(self, levels: SafetyLevels, granted: GrantedLevel) -> None:
         """Count a request that got its level. A number counts as `custom`: labels stay few."""
-        applied = granted.level.name if granted.level.name in levels else CUSTOM
-        asked = DEFAULT if granted.is_default else applied
-        self.requests.labels(asked, applied).inc()
+        applied = level_label(levels, granted.level)
+        self._requests.labels(DEFAULT if granted.is_default else applied, applied, self._model).inc()
+        threshold = granted.level.threshold
+        self._neurons.observe(threshold.num_safety + threshold.num_utility)
 
     def denied(self, error: LevelDeniedError) -> None:
         """Count a request that was refused for its level."""
-        self.level_denials.labels(error.reason).inc()
+        self._denials.labels(error.reason, self._model).inc()
+
+    def rejected(self, error: RefusedError) -> None:
+        """Count a request that was not let in."""
+        self._rejections.labels(error.reason, self._model).inc()
+
+    def deadline_exceeded(self) -> None:
+        """Count a request whose time was over."""
+        self._deadlines.inc()
+
+    def audit_failed(self) -> None:
+        """Count a line of the audit log that was lost."""
+        self._audit_failures.inc()
+
+    def mask_reloaded(self, *, is_in_force: bool) -> None:
+        """Count a mask that was to be put in force."""
+        self._reloads.labels("success" if is_in_force else "failure", self._model).inc()
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an HTTP request; `route` is a template, never a path."""
+        self._http_requests.labels(route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
 
     def num_requests_by_level(self) -> dict[str, int]:
         """How many requests were given each level since the start; numbers together as `custom`."""
         counts: dict[str, int] = {}
-        for sample in (each for family in self.requests.collect() for each in family.samples):
+        for sample in (each for family in self._requests.collect() for each in family.samples):
             if sample.name.endswith("_total"):
                 level = sample.labels["level_applied"]
                 counts[level] = counts.get(level, 0) + int(sample.value)
         return counts
 
     async def measured(
-        self, outputs: AsyncGenerator[Output, None], arrived: float
+        self, outputs: AsyncGenerator[Output, None], arrived: float, level: str
     ) -> AsyncGenerator[Output, None]:
-        """`outputs`, measured on their way. `arrived` is of `time.perf_counter`.
+        """`outputs` of one answer at `level` (of `level_label`), measured on their way. `arrived` is of
+        `time.perf_counter`.
 
-        Closing it closes `outputs`. Tokens count as they come, so those of aborted answers count too.
+        Closing it closes `outputs`. Tokens count as they come, so those of aborted answers count too. What
+        the engine refuses because of what was asked has not begun and counts as nothing here.
         """
-        num_tokens, before = 0, arrived
+        answer = _Answer(self, arrived, level)
         async with aclosing(outputs):
-            async for output in outputs:
-                now, num_new = time.perf_counter(), len(output.token_ids)
-                if num_new:
-                    self.generation_tokens.inc(num_new)
-                    if num_tokens:
-                        self.inter_token.observe((now - before) / num_new)
-                    else:
-                        self.first_token.observe(now - arrived)
-                        self.prompt_tokens.inc(output.num_prompt_tokens)
-                    num_tokens, before = num_tokens + num_new, now
-                if output.finish_reason is not None:
-                    self.request.observe(now - arrived)
-                yield output
+            try:
+                async for output in outputs:
+                    answer.saw(output)
+                    yield output
+            except (PromptError, GrammarError, UnsupportedByEngineError):
+                answer.has_ended = True
+                raise
+            except Exception:
+                answer.ended("error")
+                raise
+            finally:
+                answer.ended("abort")
 
 
-class _MaskInfo(Collector):
-    """The mask in force at each scrape: it can be swapped."""
+class _Answer:
+    """One answer's measures, from when it reached the engine."""
+
+    def __init__(self, metrics: Metrics, arrived: float, level: str) -> None:
+        self._metrics = metrics
+        self._arrived = arrived
+        self._level = level
+        self._begun = time.perf_counter()
+        self._first: float | None = None  # of its tokens
+        self._last = self._begun
+        self._beginning = ""
+        self._has_begun = self.has_ended = False
+
+    def saw(self, output: Output) -> None:
+        now, num_new, metrics = time.perf_counter(), len(output.token_ids), self._metrics
+        if not self._has_begun:
+            self._has_begun = True
+            metrics._prompt_tokens.inc(output.num_prompt_tokens)
+            metrics._cached_tokens.inc(output.num_cached_tokens)
+        if num_new:
+            metrics._generation_tokens.inc(num_new)
+            if self._first is None:
+                self._first = now
+                metrics._first_token.observe(now - self._arrived)
+            else:
+                metrics._inter_token.observe((now - self._last) / num_new)
+            self._last = now
+        if len(self._beginning) < REFUSAL_WINDOW:
+            self._beginning += output.text
+        if output.finish_reason is not None:
+            self._completed(output, now)
+            self.ended(output.finish_reason)
+
+    def _completed(self, output: Output, now: float) -> None:
+        metrics, stepped = self._metrics, self._begun + output.queued_seconds
+        metrics._whole.observe(now - self._arrived)
+        metrics._queue.observe(output.queued_seconds)
+        metrics._inference.observe((now if self._first is None else self._last) - stepped)
+        metrics._prompt_sizes.observe(output.num_prompt_tokens)
+        metrics._answer_sizes.observe(output.num_completion_tokens)
+        if self._first is not None:
+            metrics._prefill.observe(self._first - stepped)
+            metrics._decode.observe(self._last - self._first)
+            if output.num_completion_tokens > 1:
+                metrics._per_token.observe((self._last - self._first) / (output.num_completion_tokens - 1))
+        if refuses(self._beginning):
+            metrics._refusals.labels(self._level, metrics._model).inc()
+
+    def ended(self, reason: FinishedReason) -> None:
+        """Once; what is said later changes nothing."""
+        if not self.has_ended:
+            self.has_ended = True
+            self._metrics._success.labels(reason, self._metrics._model).inc()
+
+
+def level_label(levels: SafetyLevels, level: SafetyLevel) -> str:
+    """How a level is named in labels: by its name, or as `custom`."""
+    return level.name if level.name in levels else CUSTOM
+
+
+def _arguments(name: str, registry: CollectorRegistry) -> dict[str, Any]:
+    row = TABLE[name]
+    buckets = {"buckets": row.buckets} if row.kind == "histogram" else {}
+    return {
+        "name": row.name,
+        "documentation": row.help,
+        "labelnames": row.labels,
+        "registry": registry,
+    } | buckets
+
+
+class _OfEngine(Collector):
+    """What the engine tells, asked at each scrape: it counts by itself, and its mask can be swapped."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        info = self._engine.describe()
-        mask = GaugeMetricFamily("neurontune_mask_info", "The mask in force.", labels=("digest", "model"))
-        mask.add_metric((info.mask_digest, info.model_id), 1)
+        info, state, tallies = self._engine.describe(), self._engine.healthy(), self._engine.tallies()
+        model = [info.model_id]
+        method = "none" if info.mask is None else info.mask.method
+        mask = _family("mask_info", GaugeMetricFamily)
+        mask.add_metric([info.mask_digest, method, *model], 1)
         yield mask
+        gauges: dict[str, float] = {
+            "num_requests_running": state.num_running,
+            "num_requests_waiting": state.num_waiting,
+            "engine_ready": state.ready,
+        }
+        if tallies is not None:
+            gauges["kv_cache_usage_perc"] = tallies.kv_cache_usage
+        for name, value in gauges.items():
+            gauge = _family(name, GaugeMetricFamily)
+            gauge.add_metric(model, value)
+            yield gauge
+        if tallies is None:
+            return
+        counters = {
+            "prefix_cache_queries": tallies.num_prefix_queries,
+            "prefix_cache_hits": tallies.num_prefix_hits,
+            "engine_restarts": tallies.num_restarts,
+        }
+        for name, number in counters.items():
+            counter = _family(name, CounterMetricFamily)
+            counter.add_metric(model, number)
+            yield counter
+        for name, observed in (
+            ("step_distinct_levels", tallies.step_levels),
+            ("modulation_step_seconds", tallies.modulation_seconds),
+        ):
+            histogram = _family(name, HistogramMetricFamily)
+            histogram.add_metric(model, _cumulated(observed), observed.total)
+            yield histogram
+
+
+F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily, HistogramMetricFamily)
+
+
+def _family(name: str, kind: type[F]) -> F:
+    row = TABLE[name]
+    return kind(row.name, row.help, labels=row.labels)
+
+
+def _cumulated(observed: Distribution) -> list[tuple[str, float]]:
+    """As Prometheus counts: by upper bound, everything at most that."""
+    bounds = [*map(floatToGoString, observed.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(observed.counts), strict=True))
 
 
 class CountRequests:
-    """ASGI middleware that counts HTTP requests. The route is its template, never its path."""
+    """ASGI middleware that counts and times HTTP requests. The route is its template, never its path."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -165,7 +303,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status, begun = 500, time.perf_counter()
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -177,4 +315,4 @@ class CountRequests:
             await self._app(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", UNMATCHED)
-            self._metrics.http_requests.labels(route, str(status)).inc()
+            self._metrics.answered(route, status, time.perf_counter() - begun)

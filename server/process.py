@@ -15,13 +15,14 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 
-from server.connections import reading_heads_within
+from server.connections import Limits, bounded
 from server.draining import Drain
 from server.engines.base import Engine
 from server.errors import SettingsError
 
 CTRL_C_SECONDS: Final = 2.0
 BACKSTOP_SECONDS: Final = 5
+DEFAULT_LIMITS: Final = Limits()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -90,10 +91,10 @@ def run(
     reload: Reload = _nothing,
     *,
     grace_seconds: float = 30,
-    read_timeout_seconds: float = 30,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
-    `reload`, one at a time.
+    `reload`, one at a time. Connections keep to `limits`.
 
     Raises:
         SystemExit: with code 1, where `end` was called.
@@ -101,7 +102,8 @@ def run(
     end = end or EngineEnd()
     config = uvicorn.Config(
         app,
-        http=reading_heads_within(read_timeout_seconds),
+        http=bounded(limits),
+        ws="none",  # there are no websockets here, and uvicorn would hand the connection to another protocol
         log_level=log_level,
         timeout_graceful_shutdown=BACKSTOP_SECONDS,
         server_header=False,

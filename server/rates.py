@@ -16,10 +16,13 @@ from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from server.callers import Caller
-from server.errors import RateLimitError
+from server.errors import InvalidValueError, RateLimitError
 
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
+RATE_HEADERS: Final = tuple(
+    f"x-ratelimit-{told}-{what}" for what in (REQUESTS, TOKENS) for told in ("limit", "remaining", "reset")
+)
 
 
 class Rates:
@@ -45,6 +48,7 @@ class Rates:
 
         Raises:
             RateLimitError: they are more than the caller has left in this minute.
+            InvalidValueError: they are more than the caller ever has.
         """
         item = _limits(caller).get(TOKENS)
         if item is not None:
@@ -72,12 +76,16 @@ class Rates:
     async def _refuse_beyond(self, what: str, item: RateLimitItem, caller: Caller, cost: int) -> None:
         if await self._used.test(item, caller.name, cost=cost):
             return
+        if cost > item.amount:
+            raise InvalidValueError(
+                f"The key {caller.name!r} has {item.amount} {what} per minute, and this request needs about "
+                f"{cost}: it never fits. Shorten it."
+            )
         reset, remaining = await self._used.get_window_stats(item, caller.name)
         seconds = max(1, math.ceil(reset - time.time()))
-        never = " It never fits: shorten it." if cost > item.amount else f" Try again in {seconds} s."
         raise RateLimitError(
             f"The key {caller.name!r} has {remaining} of {item.amount} {what} per minute left; this request "
-            f"needs {'about ' if what == TOKENS else ''}{cost}.{never}",
+            f"needs {'about ' if what == TOKENS else ''}{cost}. Try again in {seconds} s.",
             seconds,
             await self.headers(caller),
         )

@@ -48,6 +48,8 @@ def _listed(given: Any) -> Any:
 
 
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
+Host = Annotated[str, Field(pattern=r"^[^/\s,:\[\]]+$")]
+Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_listed)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_listed)]
 Adapter = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*=[^=,\s]+$")]
 Adapters = Annotated[tuple[Adapter, ...], NoDecode, BeforeValidator(_listed)]
@@ -138,6 +140,9 @@ class Settings(BaseSettings):
     read_timeout_seconds: Seconds = Field(
         default=30, description="Longest that a request's head, and then its body, may take to arrive."
     )
+    max_connections: Count = Field(
+        default=1024, description="Most connections, idle ones too; beyond that one is closed, with 429."
+    )
     max_body_bytes: Count = Field(default=4 * 2**20, description="Most bytes of a request's body.")
     max_messages: Count = Field(default=2048, description="Most messages of a conversation.")
     grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
@@ -154,6 +159,11 @@ class Settings(BaseSettings):
     cors_origins: Origins = Field(
         default=(),
         description="Origins whose web pages may call this server, separated by commas. Default: none.",
+    )
+    allowed_hosts: Hosts = Field(
+        default=(),
+        description="Names that requests may be sent to beside localhost, separated by commas. Default: "
+        "without keys on loopback none, else any.",
     )
     max_engine_failures: Count = Field(
         default=3,

@@ -44,6 +44,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+class Last(bytes):
+    """The piece of a stream that ends it: it is sent together with the stream's end."""
+
+
 class EventStream(Response):
     """A response that owns the outputs it streams: however it ends, it closes them.
 
@@ -84,5 +88,8 @@ class EventStream(Response):
                         "headers": self.raw_headers,
                     }
                 )
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            is_last = isinstance(data, Last)
+            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            if is_last:
+                return
         await send({"type": "http.response.body", "body": b"", "more_body": False})

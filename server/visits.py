@@ -39,7 +39,7 @@ class Visit:
 
         Raises:
             OverloadedError, RateLimitError: not now.
-            InvalidValueError: more answers than there are places.
+            InvalidValueError: never: more answers than there are places, or more tokens than the rate.
         """
         self._seat.take(num_tokens)
         num_charged = sum(num_tokens[::num_choices])
@@ -88,7 +88,7 @@ class Gate:
         seconds, caller = seconds_of(scope, self.max_seconds), caller_of(scope)
 
         async def work(send: Send) -> None:
-            with self._counting_refusals(), self.admission.seat() as seat:
+            with self._counting_rejections(), self.admission.seat() as seat:
                 await self.rates.admit(caller)
                 visit = scope[SCOPE_KEY] = Visit(self, seat, caller)
                 try:
@@ -97,17 +97,17 @@ class Gate:
                     await visit.settle()
 
         def expired(error: Exception) -> None:
-            self.metrics.refusals.labels("deadline").inc()
+            self.metrics.deadline_exceeded()
             entry_of(scope).failed(error)
 
         await within(seconds, send, work, on_expiry=expired)
 
     @contextmanager
-    def _counting_refusals(self) -> Iterator[None]:
+    def _counting_rejections(self) -> Iterator[None]:
         try:
             yield
         except RefusedError as error:
-            self.metrics.refusals.labels(error.reason).inc()
+            self.metrics.rejected(error)
             raise
 
     def _with_rates(self, caller: Caller, send: Send) -> Send:

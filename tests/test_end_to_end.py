@@ -150,7 +150,7 @@ async def test_a_seed_gives_one_text_over_http(server: tuple[str, psutil.Process
 async def test_a_client_that_leaves_leaves_nothing_running(server: tuple[str, psutil.Process]) -> None:
     def num_requests() -> float:
         text = httpx.get(f"{server[0]}/metrics").text
-        found = re.findall(r"^neurontune_requests_(?:running|waiting) (\S+)", text, re.MULTILINE)
+        found = re.findall(r"^neurontune_num_requests_(?:running|waiting)\{.*\} (\S+)", text, re.MULTILINE)
         assert len(found) == 2, text
         return sum(map(float, found))
 

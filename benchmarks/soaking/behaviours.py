@@ -100,7 +100,7 @@ async def stall_in_a_body(client: Client) -> None:
 
 
 async def stall_in_a_head(client: Client) -> None:
-    await client.connection.send(f"POST {CHAT} HTTP/1.1\r\nHost: soak\r\nX-Slow: ".encode())
+    await client.connection.send(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nX-Slow: ".encode())
     if client.source.random() < 0.5:
         client.connection.drop()
         client.tally.faults["half a head, then left"] += 1

@@ -14,7 +14,8 @@ from benchmarks.soaking.judging import Names, Reference, References, judged, nam
 from benchmarks.soaking.tally import LostError, Tally
 from benchmarks.wire import Answer, Connection, Raw
 
-DENIED: Final = (401, 403, 429)
+UNAUTHENTICATED: Final = 401
+DENIED: Final = (UNAUTHENTICATED, 403, 429)
 
 
 class Client:
@@ -50,6 +51,9 @@ class Client:
             self.connection.drop()  # what comes next would be read as the rest of the body
         if raw.path in GENERATING or answer.status in DENIED:
             self.tally.audited[name] = (key, answer.status)
+        if answer.status == UNAUTHENTICATED:  # of many only some leave a line of their own
+            self.tally.audited.pop(name, None)
+            self.tally.perhaps.add(name)
         if answer.head.headers.get("x-request-id") != name:
             raise LostError(f"request id {answer.head.headers.get('x-request-id')} for {name}")
         if answer.status == 429 and not (

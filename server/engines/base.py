@@ -5,7 +5,7 @@ Knows requests as plain data. Knows no HTTP, no settings, no engine.
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from modulation.levels import SafetyLevels, Threshold
 from modulation.profiles import MaskProfile
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from modulation.masks import Mask
 
 FinishReason = Literal["stop", "length"]
+
+# How many thresholds, and how many seconds of modulation, a step is counted by.
+STEP_LEVEL_BOUNDS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+MODULATION_BOUNDS: Final = (
+    *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1),
+)
 
 
 class EngineError(Exception):
@@ -191,7 +198,8 @@ class Output:
     own (part of a character, the end token) arrives with empty `text`. An engine that is not told a token's
     number gives -1 for it, also in `logprobs`. `num_cached_tokens` of the prompt's
     were computed before, for another request. `logprobs` has one entry per new token if asked for;
-    `prompt_logprobs` comes with the first output, one entry per token of the prompt.
+    `prompt_logprobs` comes with the first output, one entry per token of the prompt. `queued_seconds` passed
+    from the first `anext` until the request's first step began, tokenising included.
     """
 
     text: str
@@ -202,6 +210,7 @@ class Output:
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    queued_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +255,35 @@ class EngineHealth:
     reason: str
     num_running: int
     num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Observations by size: `counts[i]` of them were at most `bounds[i]` and above the bound before it, the
+    last of `counts` above all bounds; `total` is their sum."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """What an engine has counted since it was made, and how full it is.
+
+    `kv_cache_usage` (0 to 1) is the share of the KV cache that running requests hold: what is only kept to be
+    found again counts as free. Of `num_prefix_queries` tokens of prompts, looked up in the prefix cache,
+    `num_prefix_hits` were there. `num_restarts` counts rebuilds after a failure, those that failed too.
+    `step_levels` has the number of different thresholds of every step, `modulation_seconds` the time spent in
+    modulation of one step in so many.
+    """
+
+    kv_cache_usage: float
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_restarts: int
+    step_levels: Distribution
+    modulation_seconds: Distribution
 
 
 class Engine(Protocol):
@@ -325,6 +363,11 @@ class Engine(Protocol):
 
     def healthy(self) -> EngineHealth:
         """Whether the engine can take requests now. Cheap enough to ask at every probe."""
+        ...
+
+    def tallies(self) -> Tallies | None:
+        """What has been counted so far. Cheap, and never waits for a step. None: the steps are those of
+        another server, which has metrics of its own."""
         ...
 
     async def close(self) -> None:

@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from modulation.levels import Threshold
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
+from server.engines.tallying import Tally
 
 
 def request_id(number: int, threshold: Threshold, mask: int, *, shares_prefixes: bool = True) -> str:
@@ -84,6 +85,16 @@ class LevelCache(PagedAttentionCache):
         tokens = self._salted(state.request_id, [*state.initial_tokens, *state.generated_tokens])
         for name, count in complete_blocks.items():
             self.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
+
+    @property
+    def usage(self) -> float:
+        """The share of the cache that requests hold, 0 to 1. Blocks that are only kept to be found again
+        count as free. May be read on any thread: nothing is iterated over."""
+        kept = sum(
+            len(each.ledger.cached_blocks) * each.bytes_per_block for each in self.cache_allocators.values()
+        )
+        free = self.compute_free_capacity() + kept / (self.num_sectors * self.bytes_per_sector)
+        return min(1.0, max(0.0, 1.0 - free))  # the counts may be of two moments
 
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         # Prefixes are shared only where every layer attends to everything, and there all pages agree.
@@ -177,6 +188,19 @@ class LevelManager(ContinuousBatchingManager):
         self.output_router = _Router(self.cancel_request)
         self.batch_processor.output_router = self.output_router
 
+    def count_in(self, tally: Tally) -> None:
+        """From now on `tally` counts steps and prompts."""
+        self.processors.count_in(tally, looks_up_prefixes=self._cache.use_prefix_sharing)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the KV cache that requests hold, 0 to 1. May be read on any thread."""
+        processor = self.batch_processor  # another thread takes it away
+        if processor is None:
+            return 0.0
+        assert isinstance(processor.cache, LevelCache), type(processor.cache)
+        return processor.cache.usage
+
     @property
     def keeps_logits(self) -> bool:
         """Whether the model computes the logits of the tokens it is asked for alone."""
@@ -261,6 +285,13 @@ class LevelManager(ContinuousBatchingManager):
         assert isinstance(found, SuspectScheduler), type(found)
         return found
 
+    @property
+    def _cache(self) -> LevelCache:
+        assert self.batch_processor is not None
+        found = self.batch_processor.cache
+        assert isinstance(found, LevelCache), type(found)
+        return found
+
     def _is_active(self, request: FutureRequestState) -> bool:
         return self._scheduler.active_requests.get(request.state.request_id) is request.state
 
@@ -273,8 +304,7 @@ class LevelManager(ContinuousBatchingManager):
 
     def _take_back(self, requests: Sequence[FutureRequestState], reason: str) -> None:
         """Fail the request if it was alone in its step; else find out who is at fault."""
-        assert self.batch_processor is not None
-        cache, scheduler = self.batch_processor.cache, self._scheduler
+        cache, scheduler = self._cache, self._scheduler
         if len(self.processors.step) > 1:
             take_back(requests, scheduler, cache)
             return

@@ -9,8 +9,11 @@ import hashlib
 import math
 import random
 import secrets
+import time
 import zlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -31,10 +34,12 @@ from server.engines.base import (
     Prompt,
     PromptError,
     PromptTooLongError,
+    Tallies,
     TokenLogprob,
     UnsupportedByEngineError,
 )
 from server.engines.in_force import InForce
+from server.engines.tallying import Tally
 
 if TYPE_CHECKING:
     from modulation.masks import Mask
@@ -81,6 +86,9 @@ class FakeEngine:
     makes the engine slow, raising there makes that request fail. `check_mask` is called with every mask
     that is to be put in force; raising there refuses it. `max_num_seqs` requests run at once, the others
     wait. `num_aborted` counts the requests that were closed before their last output.
+
+    In the tallies every token is a step, all requests that run are in it, modulation takes no time, the cache
+    has room for a whole context of each request that can run, and no prefix is found in it.
     """
 
     def __init__(
@@ -103,6 +111,11 @@ class FakeEngine:
         self._before_token: Final = before_token
         self._check_mask: Final = check_mask
         self._room: Final = asyncio.Semaphore(max_num_seqs)
+        self._tally: Final = Tally()
+        self._num_cacheable: Final = max_num_seqs * first.max_model_len
+        self._num_cached = 0
+        self._num_restarts = 0
+        self._thresholds = Counter[Threshold]()
         self._closed: Final = asyncio.Event()
         self._unready_reason = ""
         self._num_running = 0
@@ -128,8 +141,12 @@ class FakeEngine:
         return EngineHealth(not reason, reason, self._num_running, self._num_waiting)
 
     def set_unready(self, reason: str) -> None:
-        """Refuse new requests with `reason` from now on; an empty one makes ready again."""
+        """Refuse new requests with `reason` from now on; an empty one makes ready again, as if rebuilt."""
+        self._num_restarts += bool(self._unready_reason and not reason)
         self._unready_reason = reason
+
+    def tallies(self) -> Tallies:
+        return self._tally.now(self._num_cached / self._num_cacheable, self._num_restarts)
 
     async def close(self) -> None:
         self._closed.set()
@@ -155,6 +172,7 @@ class FakeEngine:
         raise UnsupportedByEngineError("The fake engine calls no tools.", "tool_choice")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        asked = time.perf_counter()
         health = self.healthy()
         if not health.ready:
             raise EngineUnavailableError(health.reason, None if self._closed.is_set() else 1)
@@ -163,17 +181,38 @@ class FakeEngine:
         with self._in_force.held(request.mask_digest) as known:
             try:
                 await self._take_room()
-                try:
+                queued = time.perf_counter() - asked
+                with self._counted(request, num_prompt) as cached:
                     for index, output in enumerate(_outputs(request, num_prompt, known.value)):
                         await self._unless_closed(self._before_token(request, index))
+                        self._step(cached, output)
                         finished = output.finish_reason is not None
-                        yield output
-                finally:
-                    self._num_running -= 1
-                    self._room.release()
+                        yield replace(output, queued_seconds=queued)
             except (GeneratorExit, asyncio.CancelledError):
                 self.num_aborted += not finished
                 raise
+
+    @contextmanager
+    def _counted(self, request: GenerateRequest, num_prompt: int) -> Iterator[list[int]]:
+        """A request that has taken room runs within the block; the list has the tokens that it caches."""
+        cached = [num_prompt]
+        self._tally.looked_up(num_prompt, 0)
+        self._num_cached += num_prompt
+        self._thresholds[request.threshold] += 1
+        try:
+            yield cached
+        finally:
+            self._num_cached -= cached[0]
+            self._thresholds -= Counter([request.threshold])
+            self._num_running -= 1
+            self._room.release()
+
+    def _step(self, cached: list[int], output: Output) -> None:
+        self._tally.step_begins(len(self._thresholds))
+        if self._tally.is_sampled:
+            self._tally.modulated(0.0)
+        cached[0] += len(output.token_ids)
+        self._num_cached += len(output.token_ids)
 
     def _checked_length(self, request: GenerateRequest) -> int:
         num_tokens = len(_prompt_tokens(request.prompt))

@@ -64,7 +64,8 @@ class InForce(Generic[T]):
         if found is None:
             raise EngineUnavailableError(
                 f"The mask {digest} was replaced, and replaced again, before this request began; in force "
-                f"is {self.current.digest}. Send the request again."
+                f"is {self.current.digest}. Send the request again.",
+                retry_after_seconds=1,
             )
         found.num_holders += 1
         try:

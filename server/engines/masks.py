@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modulation.masks import Mask
@@ -58,6 +58,11 @@ class Masks:
     def current(self) -> Known[RequestMask]:
         """The mask in force, and its number."""
         return self._in_force.current
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that the masks in use change the inputs of, each once."""
+        return list(dict.fromkeys(each for mask in self._hooked for each in mask.modulator.modules))
 
     async def use(self, mask: Mask) -> None:
         """Put `mask` in force for the requests that come; those that run go on under theirs.

@@ -42,8 +42,8 @@ class Matcher(Protocol):
 
 @dataclass
 class Row:
-    """`prompt` are the request's tokens. `num_cached`, `logprobs`, `prompt_logprobs` (by place) and `error`
-    are what became known."""
+    """`prompt` are the request's tokens. `num_cached`, `begun` (when its first step began, of
+    `time.perf_counter`), `logprobs`, `prompt_logprobs` (by place) and `error` are what became known."""
 
     prompt: Sequence[int]
     sampling: Sampling
@@ -51,6 +51,7 @@ class Row:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     num_cached: int | None = None
+    begun: float | None = None
     logprobs: list[PlaceLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, PlaceLogprobs] = field(default_factory=dict)
     error: str | None = None

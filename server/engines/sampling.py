@@ -9,6 +9,7 @@ of arguments per request into static storage, which the model's forward receives
 the step; then the sampling rows, one column per request that gets a new token.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +33,7 @@ from transformers.generation.logits_process import (
 
 from server.engines.base import Sampling
 from server.engines.rows import Row
+from server.engines.tallying import Tally
 
 NUM_THRESHOLD_ROWS: Final = 2
 
@@ -157,9 +159,15 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         self.scored: list[tuple[Row, int, range]] = []
         self._special: list[tuple[int, Row]] = []
         self._peaks: Tensor | None = None
+        self._tally: Tally | None = None
+        self._looks_up_prefixes = False
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
         self.supported_keys = dict.fromkeys(RowArguments.__slots__, float)
         self.do_processing = True
+
+    def count_in(self, tally: Tally, *, looks_up_prefixes: bool) -> None:
+        """From now on `tally` is told of every step, and of every prompt that begins and is looked up."""
+        self._tally, self._looks_up_prefixes = tally, looks_up_prefixes
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Nothing to refuse: requests reach the manager only as `RowArguments`."""
@@ -177,12 +185,14 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         arg_storage[:NUM_THRESHOLD_ROWS, : len(thresholds)] = torch.tensor(thresholds, dtype=torch.int32).T
         drawing = [request for request in requests_in_batch if request.has_new_token]
         self.step, self._drawing = requests_in_batch, drawing
+        if self._tally is not None:
+            self._tally.step_begins(len(set(thresholds)))
         self.scored = []
         first = 0
         for request in requests_in_batch:
             row, begin = row_of(request), request.state.position_offset - request.query_length
             if row.num_cached is None:
-                row.num_cached = begin
+                self._note_first_step(row, begin)
             if row.num_prompt_logprobs is not None:
                 count = min(request.query_length, len(row.prompt) - 1 - begin)
                 if count > 0:
@@ -202,6 +212,11 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
                 arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
             arg_storage[-SeededNoise.ROWS :, : len(drawing)] = self._noise.arguments(drawing)
         return arg_storage
+
+    def _note_first_step(self, row: Row, num_cached: int) -> None:
+        row.num_cached, row.begun = num_cached, time.perf_counter()
+        if self._tally is not None and self._looks_up_prefixes and row.num_prompt_logprobs is None:
+            self._tally.looked_up(len(row.prompt), num_cached)
 
     def __call__(
         self,

@@ -23,7 +23,7 @@ class Supervisor:
     `start` and `stop` are called on the thread of `begin` and `close`, or on one of the supervisor's own;
     `start` raises what keeps a worker from running. `on_fatal` is called once, with the reason, when
     `max_failures` workers in a row have failed, counted from the last `succeeded`: those that ended and
-    those that did not start.
+    those that did not start. `num_restarts` counts all that were started, or were to be, after a failure.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._reason: str | None = "the engine is starting"
         self._num_failures = 0
+        self.num_restarts = 0
         self._recovery: threading.Thread | None = None
         self._start_seconds = 0.0
         self._closed = threading.Event()
@@ -98,6 +99,7 @@ class Supervisor:
                 return
             number = f"failure {self._num_failures}, {self._max_failures} in a row end the server"
             log.error("The engine has failed (%s) and is being rebuilt (%s).", cause, number)
+            self.num_restarts += 1
             try:
                 self._stop()
                 self._timed_start()

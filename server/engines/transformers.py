@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -44,6 +44,7 @@ from server.engines.base import (
     PromptError,
     PromptTooLongError,
     Sampling,
+    Tallies,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
@@ -52,8 +53,9 @@ from server.engines.masks import Masks, RequestMask
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
-from server.engines.steps import hooked
+from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
+from server.engines.tallying import Tally
 from server.engines.text import ChatText
 
 _PAGE_SIZE: Final = 32
@@ -63,6 +65,38 @@ _NUM_PREPARERS: Final = 2
 T = TypeVar("T")
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a step has brought to one request. The manager's own outputs hold all its tokens, each time anew:
+    a client that does not read would keep a number of them that grows with the square of its answer."""
+
+    tokens: tuple[int, ...]
+    is_last: bool
+    error: str | None
+
+
+class _Arriving:
+    """What the steps have brought to one request and nobody has taken yet, each token once."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[_Step | None] = asyncio.Queue()
+        self._num_seen = 0
+
+    def put(self, output: GenerationOutput) -> None:
+        """Keep what is new in what the manager says."""
+        tokens = tuple(output.generated_tokens[self._num_seen :])
+        self._num_seen += len(tokens)
+        self._queue.put_nowait(_Step(tokens, output.is_finished(), output.error))
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._queue.put_nowait(None)
+
+    async def next(self) -> _Step | None:
+        """The next one; None: nothing more will come."""
+        return await self._queue.get()
 
 
 class TransformersEngine:
@@ -134,9 +168,11 @@ class TransformersEngine:
             },
             mask=profile_of(loaded_mask),
         )
+        self._tally = Tally()
         self._numbers = itertools.count()
         self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
-        self._open: dict[str, tuple[LevelManager, asyncio.Queue[GenerationOutput | None]]] = {}
+        self._encoding: dict[int, tuple[Prompt, asyncio.Future[list[int]]]] = {}
+        self._open: dict[str, tuple[LevelManager, _Arriving]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching: dict[str, Any] = {
             "page_size": _PAGE_SIZE,
@@ -159,7 +195,7 @@ class TransformersEngine:
         )
         with ExitStack() as stack:
             stack.enter_context(self._masks)
-            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager))
+            stack.enter_context(hooked(self._model, self._masks, lambda: self._manager, self._tally))
             self._manager = self._new_manager()
             stack.callback(self._supervisor.close)
             self._supervisor.begin()
@@ -192,6 +228,9 @@ class TransformersEngine:
             num_waiting=(len(scheduler.waiting_requests) if scheduler else 0) + manager.input_queue.qsize(),
         )
 
+    def tallies(self) -> Tallies:
+        return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(await self._preparing(self._text.encode, prompt))
 
@@ -212,10 +251,14 @@ class TransformersEngine:
         return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+        asked = time.perf_counter()
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
-            # Off the event loop: a prompt of megabytes takes seconds to tokenise, a large schema to compile.
-            prompt, limit, row = await self._preparing(self._prepared, request)
+            prompt = await self._encoded(request.prompt)
+            limit = self._token_limit(len(prompt), request.max_tokens)
+            # Off the event loop, like tokenising: a large schema takes seconds to compile.
+            row = await self._preparing(self._row, request, prompt) if request.grammar else None
+            row = row or self._row(request, prompt)
             self._refuse_if_not_ready()
             shares = row.num_prompt_logprobs is None
             name = request_id(next(self._numbers), request.threshold, mask.number, shares_prefixes=shares)
@@ -223,27 +266,29 @@ class TransformersEngine:
             text, seen = self._text.stream(request.prompt), 0
             async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:
                 async for step in steps:
+                    queued = (row.begun or asked) - asked
                     if not limit:
-                        yield Output("", (), "length", len(prompt), 0, **self._known(row, 0, 0))
+                        known = self._known(row, 0, 0)
+                        yield Output("", (), "length", len(prompt), 0, queued_seconds=queued, **known)
                         return
-                    tokens = tuple(step.generated_tokens[seen:])
-                    known = self._known(row, seen, len(tokens))
-                    seen += len(tokens)
+                    known = self._known(row, seen, len(step.tokens))
+                    seen += len(step.tokens)
                     finish = self._finish_reason(step)
                     if finish:
                         self._supervisor.succeeded()
                     yield Output(
-                        text=text.push(tokens) + (text.finish() if finish else ""),
-                        token_ids=tokens,
+                        text=text.push(step.tokens) + (text.finish() if finish else ""),
+                        token_ids=step.tokens,
                         finish_reason=finish,
                         num_prompt_tokens=len(prompt),
                         num_completion_tokens=seen,
+                        queued_seconds=queued,
                         **known,
                     )
 
     async def _steps(
         self, name: str, prompt: list[int], limit: int, arguments: RowArguments
-    ) -> AsyncGenerator[GenerationOutput, None]:
+    ) -> AsyncGenerator[_Step, None]:
         """What the manager says of a request after each of its steps, up to the last one.
 
         Raises:
@@ -251,10 +296,10 @@ class TransformersEngine:
             GenerationError: the request cannot go on.
         """
         self._loop, manager = asyncio.get_running_loop(), self._manager
-        outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
-        self._open[name] = manager, outputs
+        steps = _Arriving()
+        self._open[name] = manager, steps
         try:
-            manager.register_result_handler(name, outputs.put_nowait)
+            manager.register_result_handler(name, steps.put)
             added = manager.add_request(
                 prompt,
                 request_id=name,
@@ -265,29 +310,33 @@ class TransformersEngine:
             if added is None or not manager.is_running():
                 raise self._unavailable()
             while True:
-                step = await outputs.get()
+                step = await steps.next()
                 if arguments.row.error is not None:
                     raise GenerationError(f"This answer could not go on: {arguments.row.error}.")
                 if step is None or step.error is not None:
                     raise self._unavailable(step.error if step else manager.why_ended)
                 yield step
-                if step.is_finished():
+                if step.is_last:
                     return
         finally:
             del self._open[name]
             manager.forget(name)
+
+    async def _encoded(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens, computed once for all requests that ask for this same object at the same time:
+        the choices of one answer. Off the event loop: a prompt of megabytes takes seconds."""
+        if id(prompt) not in self._encoding:
+            # Holding the prompt keeps its id its own.
+            encoding = asyncio.ensure_future(self._preparing(self._text.encode, prompt))
+            self._encoding[id(prompt)] = prompt, encoding
+            encoding.add_done_callback(lambda _: self._encoding.pop(id(prompt)))
+        return await asyncio.shield(self._encoding[id(prompt)][1])
 
     async def _preparing(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run `work` in a thread of those that are kept for prompts: they cannot hold up anything else."""
         if self._supervisor.is_closed:
             raise self._unavailable()
         return await asyncio.get_running_loop().run_in_executor(self._preparers, work, *arguments)
-
-    def _prepared(self, request: GenerateRequest) -> tuple[list[int], int, Row]:
-        """The prompt's tokens, the most that may be generated, and the request's row."""
-        prompt = self._text.encode(request.prompt)
-        limit = self._token_limit(len(prompt), request.max_tokens)
-        return prompt, limit, self._row(request, prompt)
 
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
         for token, _ in request.sampling.logit_bias:
@@ -342,7 +391,7 @@ class TransformersEngine:
         """Build manager and cache, and serve with them.
 
         Raises:
-            ModelError: there is no memory for the cache, or the model cannot be served.
+            ModelError: there is no memory for the cache, or the model cannot be served, or not be modulated.
         """
         if self._manager.is_discarded:
             self._manager = self._new_manager()
@@ -355,7 +404,9 @@ class TransformersEngine:
                 f"be allocated ({error}). Lower kv_cache_tokens or max_num_seqs."
             ) from error
         self._manager.start()
-        self._probe()
+        with passing_all_sites(self._model):
+            self._probe()
+        self._manager.count_in(self._tally)
         self._manager.deliver_to_handlers_only()
 
     def _stop_manager(self) -> None:
@@ -428,10 +479,10 @@ class TransformersEngine:
             mask=mask,
         )
 
-    def _finish_reason(self, step: GenerationOutput) -> FinishReason | None:
-        if not step.is_finished():
+    def _finish_reason(self, step: _Step) -> FinishReason | None:
+        if not step.is_last:
             return None
-        ended = bool(step.generated_tokens) and step.generated_tokens[-1] in self._text.stop_ids
+        ended = bool(step.tokens) and step.tokens[-1] in self._text.stop_ids
         return "stop" if ended else "length"
 
     def _on_end(self, manager: LevelManager) -> None:
@@ -442,9 +493,9 @@ class TransformersEngine:
             self._loop.call_soon_threadsafe(self._fail_open_requests, manager)
 
     def _fail_open_requests(self, manager: LevelManager) -> None:
-        for owner, outputs in self._open.values():
+        for owner, steps in self._open.values():
             if owner is manager:
-                outputs.put_nowait(None)
+                steps.end()
 
     def _why_not_ready(self) -> str | None:
         serves = self._manager.is_serving

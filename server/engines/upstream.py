@@ -145,6 +145,9 @@ class UpstreamEngine:
         reason = self._why_not_ready()
         return EngineHealth(not reason, reason, self._num_running, 0)
 
+    def tallies(self) -> None:
+        return None
+
     async def close(self) -> None:
         self._is_closed = True
         for task in tuple(self._tasks):

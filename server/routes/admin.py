@@ -1,6 +1,6 @@
 """`POST /admin/mask`: another mask, without a restart.
 
-Knows who may, and the fields. Knows no mask and no engine but its protocol.
+Knows who may, and the fields. Knows no mask and no engine.
 """
 
 from typing import Any
@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.access import require_admin
+from server.audit import asker_of
 from server.body import Bounds, parse_fields, read_object
-from server.engines.base import Engine
 from server.mask_swap import MaskSwap
 from server.routes.asking import refuse_query
 from server.routes.openapi import COUNT, TEXT, failing, listed, reading
 from server.schemas import MaskRequest
 
 
-def admin_router(engine: Engine, swap: MaskSwap, bounds: Bounds) -> APIRouter:
+def admin_router(swap: MaskSwap, bounds: Bounds) -> APIRouter:
     """The route."""
     router = APIRouter()
 
@@ -31,8 +31,7 @@ def admin_router(engine: Engine, swap: MaskSwap, bounds: Bounds) -> APIRouter:
         require_admin(request.scope)
         refuse_query(request)
         body = parse_fields(MaskRequest, await read_object(request, bounds))
-        old = engine.describe().mask_digest
-        info = await swap.swap(body.path)
+        old, info = await swap.swap(body.path, asker_of(request.scope))
         levels = [(level.name, level.threshold) for level in info.levels]
         return {
             "old": old,

@@ -22,7 +22,7 @@ from server.callers import Caller, caller_of
 from server.choices import merged
 from server.engines.base import Engine, EngineInfo, GenerateRequest, Output
 from server.errors import LevelDeniedError, ModelNotFoundError, UnknownParameterError
-from server.metrics import Metrics
+from server.metrics import Metrics, level_label
 from server.request_ids import REQUEST_ID_HEADER
 from server.schemas import AnswerRequest
 from server.stops import until_stop
@@ -79,7 +79,7 @@ class Asking:
         # The mask may be swapped meanwhile; a threshold means what it means under its own.
         wanted = [replace(each, mask_digest=info.mask_digest) for each in wanted]
         outputs = entry_of(request.scope).observed(
-            merged(await self._admitted(request, body, wanted, arrived)),
+            merged(await self._admitted(request, body, wanted, arrived, level_label(info.levels, level))),
             [each.prompt for each in wanted[:: body.num_choices]],
             body.num_choices,
         )
@@ -91,7 +91,12 @@ class Asking:
         return Response(whole, headers=headers, media_type="application/json")
 
     async def _admitted(
-        self, request: Request, body: AnswerRequest, wanted: Sequence[GenerateRequest], arrived: float
+        self,
+        request: Request,
+        body: AnswerRequest,
+        wanted: Sequence[GenerateRequest],
+        arrived: float,
+        label: str,
     ) -> list[AsyncGenerator[Output, None]]:
         """What is wanted, once there is a place for all of it."""
         visit, longest = visit_of(request.scope), self.engine.describe().max_model_len
@@ -99,16 +104,16 @@ class Asking:
         await visit.take(num_tokens, body.num_choices)
         return [
             visit.counted(
-                self._outputs(each, body.stop or (), arrived),
+                self._outputs(each, body.stop or (), arrived, label),
                 num_tokens[number],
                 is_charged_prompt=number % body.num_choices == 0,
             )
             for number, each in enumerate(wanted)
         ]
 
-    def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float) -> Any:
+    def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float, label: str) -> Any:
         outputs = self.engine.generate(request)
-        return self.metrics.measured(until_stop(outputs, stops) if stops else outputs, arrived)
+        return self.metrics.measured(until_stop(outputs, stops) if stops else outputs, arrived, label)
 
 
 def clock() -> float:

@@ -234,6 +234,40 @@ class EngineContract:
         await left.aclose()
         assert tokens(await beside) == alone
 
+    async def test_tallies_count_what_ran_and_how_full_it_is(self, closable_engine: Engine) -> None:
+        engine = closable_engine
+        before = engine.tallies()
+        assert (before.kv_cache_usage, before.num_prefix_queries, before.num_restarts) == (0, 0, 0)
+        assert sum(before.step_levels.counts) == 0 == before.step_levels.total
+        running = engine.generate(self.long_answer)
+        first = await anext(running)
+        assert 0 < engine.tallies().kv_cache_usage < 1
+        outputs = [first, *await collect(running)]
+        await until(lambda: engine.tallies().kv_cache_usage == 0)
+        alone = engine.tallies()
+        assert alone.num_prefix_queries == outputs[-1].num_prompt_tokens
+        assert alone.step_levels.counts[0] == sum(alone.step_levels.counts) == alone.step_levels.total
+        assert alone.step_levels.total >= outputs[-1].num_completion_tokens
+        assert sum(alone.modulation_seconds.counts) == alone.step_levels.total // 64
+        for observed in (alone.step_levels, alone.modulation_seconds):
+            assert len(observed.counts) == len(observed.bounds) + 1
+
+    async def test_a_step_has_as_many_levels_as_the_requests_in_it(self, closable_engine: Engine) -> None:
+        thresholds = self.thresholds(closable_engine)
+        assert len(thresholds) == 5
+        requests = [self.ask(text, one) for one in thresholds for text in self.prompts]
+        await asyncio.gather(*(collect(closable_engine.generate(each)) for each in requests))
+        levels = closable_engine.tallies().step_levels
+        most = max(bound for bound, count in zip(levels.bounds, levels.counts, strict=False) if count)
+        assert most in (4, 6) and levels.counts[-1] == 0  # 5 lies between
+
+    async def test_queued_seconds_are_known_with_the_first_output_and_stay(self, engine: Engine) -> None:
+        begun = time.perf_counter()
+        outputs = await collect(engine.generate(self.long_answer))
+        passed = time.perf_counter() - begun
+        (queued,) = {output.queued_seconds for output in outputs}
+        assert 0 < queued < passed
+
     async def test_a_swap_waits_for_nobody_and_what_runs_ends_under_the_mask_it_began_with(
         self, closable_engine: Engine
     ) -> None:

@@ -86,6 +86,7 @@ async def test_a_step_that_raises_or_kills_the_thread_ends_its_requests_and_the_
         assert not engine.healthy().ready and engine.healthy().reason
         await until(lambda: engine.healthy().ready)
         assert engine._manager is not before and is_idle(engine)
+        assert engine.tallies().num_restarts == 1
         assert tokens(await collect(engine.generate(request))) == alone
         assert num_hooks(engine) == hooks and not engine._open
 
@@ -145,6 +146,7 @@ async def test_failures_in_a_row_are_told_once_and_leave_it_unready(folder: Path
         with pytest.raises(EngineUnavailableError):
             await collect(engine.generate(ask("hello")))
         await until(lambda: bool(told))
+        assert engine.tallies().num_restarts == 4
         assert len(told) == 1 and "failed 2 times in a row" in told[0] and "a step went wrong" in told[0]
         assert engine.healthy().reason == told[0]
         with pytest.raises(EngineUnavailableError, match="2 times in a row"):

@@ -1,10 +1,12 @@
 """The embedded engine: mixed levels in one batch, each request as if it were alone."""
 
 import asyncio
+import gc
 import random
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from modulation.demo import MASK_FILE, MODEL_DIR
@@ -272,6 +275,56 @@ async def test_the_event_loop_turns_while_a_prompt_is_tokenised(folder: Path) ->
         assert await task
 
 
+async def test_a_client_that_does_not_read_keeps_each_token_once(folder: Path) -> None:
+    """The manager's outputs hold all tokens until theirs: kept until they are read, they were half the square
+    of the answer's length."""
+    async with serving(folder) as engine:
+        request = ask("hello", max_tokens=300)
+        whole = tokens(await collect(engine.generate(request)))
+        async with aclosing(engine.generate(request)) as stalled:
+            begin = (await anext(stalled)).token_ids
+            await until(lambda: is_idle(engine))
+            kept = [each for each in gc.get_objects() if type(each) is GenerationOutput]
+            assert len(kept) < 5, "the manager itself may still hold its last ones"
+            assert begin + tokens([output async for output in stalled]) == whole and len(whole) > 100
+
+
+async def test_the_choices_of_an_answer_are_tokenised_once_and_one_that_leaves_takes_none_along(
+    folder: Path,
+) -> None:
+    async with serving(folder) as engine:
+        encode, seen, release = engine._text.encode, [], threading.Event()
+
+        def counted(prompt: Any) -> list[int]:
+            seen.append(prompt)
+            assert release.wait(30)
+            return encode(prompt)
+
+        engine._text.encode = counted  # type: ignore[method-assign]
+        request = ask("hello")
+        tasks = [asyncio.create_task(collect(engine.generate(request))) for _ in range(4)]
+        await until(lambda: bool(seen))
+        tasks[0].cancel()
+        release.set()
+        _, *answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(seen) == 1 and tasks[0].cancelled()
+        assert [tokens(each) for each in answers] == oracle(folder, [request]) * 3
+        await collect(engine.generate(request))
+        assert len(seen) == 2 and not engine._encoding
+
+
+async def test_a_mask_is_applied_from_the_moment_that_a_swap_says_so(folder: Path, tmp_path: Path) -> None:
+    requests = [ask(f"question {i}", THRESHOLDS[i]) for i in range(6)]
+    second = scaled(Mask.load(folder / "mask.safetensors"), 1.7)
+    shutil.copytree(folder, tmp_path / "second")
+    save_mask(second, tmp_path / "second")
+    async with serving(folder) as engine:
+        await engine.use_mask(second)
+        answers = await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
+    expected = oracle(tmp_path / "second", requests)
+    assert [tokens(each) for each in answers] == expected != oracle(folder, requests)
+
+
 async def test_a_temperature_next_to_nothing_is_greedy(folder: Path) -> None:
     async with serving(folder) as engine:
         greedy = tokens(await collect(engine.generate(ask("hello"))))
@@ -392,6 +445,23 @@ def test_a_family_that_cannot_be_batched_is_refused_at_the_start(family: str, tm
         TransformersEngine(str(tmp_path), tmp_path / "mask.safetensors", served_model_name="tiny")
 
 
+async def test_timing_is_on_the_model_in_sampled_steps_alone(folder: Path) -> None:
+    """The hooks that time would else cost in every step; a step that fails must not leave them either."""
+    async with serving(folder) as engine:
+        (mask,) = engine._masks._hooked
+        seen: list[int] = []
+
+        def count(*_: Any) -> None:
+            seen.append(sum(len(module._forward_pre_hooks) for module in mask.modulator.modules))
+
+        engine._model.register_forward_pre_hook(count)
+        endless = Sampling(temperature=0.0, logit_bias=((1, -100.0),))
+        await collect(engine.generate(ask("hello", THRESHOLDS[1], endless, max_tokens=140)))
+        assert len(seen) == 140
+        assert seen == [9 if number % 64 == 0 else 3 for number in range(1, 141)]
+        assert sum(engine.tallies().modulation_seconds.counts) == 2
+
+
 class TestTransformersEngine(EngineContract):
     """The contract, with the shipped demo model."""
 
@@ -421,3 +491,38 @@ class TestTransformersEngine(EngineContract):
     @staticmethod
     def new() -> TransformersEngine:
         return TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
+
+
+def test_a_site_that_only_another_mask_has_neurons_of_is_passed_too_or_nothing_is_served(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a swap is answered 200, and the step after it fails, or is unmodulated."""
+    whole = Mask.load(folder / "mask.safetensors")
+    first = tmp_path / "first-layer.safetensors"
+    kept = [each.neurons[:, 0] == 0 for each in (whole.safety, whole.utility)]
+    safety, utility = (
+        NeuronSet(each.neurons[keep], each.factors[keep])
+        for each, keep in zip((whole.safety, whole.utility), kept, strict=True)
+    )
+    levels = {name: (len(safety), len(utility)) for name in whole.metadata.levels}
+    metadata = whole.metadata.model_copy(update={"levels": levels})
+    Mask(safety, utility, metadata).save(first)
+    project = LlamaMLP.forward
+
+    def fused(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        if self is last[0]:
+            hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return torch.nn.functional.linear(hidden, self.down_proj.weight)
+        return project(self, x)
+
+    last: list[LlamaMLP] = []
+    made = LlamaMLP.__init__
+
+    def noted(self: LlamaMLP, config: Any) -> None:
+        made(self, config)
+        last[:] = [self]
+
+    monkeypatch.setattr(LlamaMLP, "__init__", noted)
+    monkeypatch.setattr(LlamaMLP, "forward", fused)
+    with pytest.raises(ModelError, match="bypasses the hooks"):
+        TransformersEngine(str(folder), first, served_model_name="tiny")

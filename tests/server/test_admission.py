@@ -125,7 +125,7 @@ async def small(control: Control) -> AsyncIterator[tuple[httpx.AsyncClient, Fake
     engine = FakeEngine(max_num_seqs=1, before_token=control.before_token)
     settings = Settings(engine="fake", max_num_seqs=1, max_num_waiting=1)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client, engine
 
 
@@ -140,7 +140,10 @@ async def test_beyond_running_and_waiting_requests_the_answer_is_429_at_once(
         refused = await client.post(path, content=b"not even read")
         error_of(refused, 429, "server_overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-    assert 'neurontune_refusals_total{reason="overloaded"} 4.0' in (await client.get("/metrics")).text
+    assert (
+        'neurontune_admission_rejections_total{model_name="demo",reason="overloaded"} 4.0'
+        in (await client.get("/metrics")).text
+    )
     assert (await client.get("/v1/models")).status_code == 200
     control.gate.set()
     assert [response.status_code for response in await asyncio.gather(*asked)] == [200, 200]
@@ -187,7 +190,7 @@ async def test_failures_and_clients_that_leave_give_their_places_back(control: C
 async def test_a_body_too_large_or_with_too_many_messages_is_refused_as_set(engine: FakeEngine) -> None:
     settings = Settings(engine="fake", max_body_bytes=300, max_messages=2)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         large = json.dumps({**BODY, "user": "x" * 300}).encode()
         assert (
             "300 bytes"

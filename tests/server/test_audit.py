@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def served(settings: Settings, engine: FakeEngine) -> FastAPI:
 @pytest.fixture
 async def client(served: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(served, raise_app_exceptions=False, client=("192.0.2.7", 5000))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -94,6 +95,7 @@ async def test_a_request_leaves_one_line_that_says_who_asked_for_what(
         "completion_tokens": 3,
         "finish_reason": "length",
         "error": None,
+        "num_left_out": 0,
     }
 
 
@@ -190,7 +192,8 @@ async def test_reloads_are_lines(served: FastAPI, keys: Path, written: Written) 
     await reload(served)
     lines = await written()
     assert [line.pop("time")[:2] for line in lines] == ["20", "20"]
-    assert lines[0] == {"event": "reload", "what": "keys", "ok": True, "detail": "2 keys"}
+    told = {name: value for name, value in lines[0].items() if value is not None}
+    assert told == {"event": "reload", "what": "keys", "ok": True, "detail": "2 keys"}
     assert not lines[1]["ok"] and f"{keys}, line 1" in lines[1]["detail"]
 
 
@@ -203,7 +206,7 @@ async def test_no_key_and_no_prompt_gets_into_any_log(
             for more in ({}, {"safety_level": "off"}, {"temperature": "hot"}):
                 await client.post(CHAT, headers=head, json=body_of(messages=messages, **more))
         await client.get("/metrics", headers=bearer("mobile"))
-    assert len(await written()) == 6
+    assert len(await written()) == 4, "of those without a valid key only the first"
     for text in (log.read_text(), caplog.text):
         assert "nt-the-key" not in text and "private" not in text
 
@@ -223,7 +226,7 @@ async def test_prompts_are_written_where_that_is_set_and_redacted(
     app = create_app(Settings(engine="fake", keys=keys, audit_log=str(log), audit_prompts=True), engine)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://server", headers=bearer("root")
+        transport=transport, base_url="http://localhost", headers=bearer("root")
     ) as client:
         text = "I am ada@example.org, call +44 20 7946 0958; " * 3
         await client.post(CHAT, json=body_of(messages=[{"role": "user", "content": text}], n=2))
@@ -238,6 +241,26 @@ async def test_every_route_that_generates_is_audited(served: FastAPI) -> None:
     """A new route that takes a POST is one of these, or is named here because it generates nothing."""
     posts = {path for method, path in routes_of(served) if method == "POST"}
     assert posts - {"/tokenize", "/detokenize", "/admin/mask"} == set(GENERATING) and not posts & OPEN
+
+
+async def test_a_flood_without_keys_is_a_line_an_address_a_reason_and_a_second(
+    served: FastAPI, written: Written
+) -> None:
+    """And what was left out is counted: nobody is hidden behind a flood, and it does not fill the disk."""
+    async with served.router.lifespan_context(served):
+        for address in ("192.0.2.7", "192.0.2.8"):
+            transport = httpx.ASGITransport(served, client=(address, 5000))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                for number in range(200):
+                    wrong = {"Authorization": "Bearer nt-wrong"} if number % 2 else {}
+                    assert (await client.post(CHAT, headers=wrong, json=body_of())).status_code == 401
+    lines = await written()
+    counts: Counter[tuple[str, str]] = Counter()
+    for line in lines:
+        counts[line["client"], line["error"]] += 1 + line["num_left_out"]
+    reasons = ("missing_api_key", "invalid_api_key")
+    assert counts == {(f"192.0.2.{host}", reason): 100 for host in (7, 8) for reason in reasons}
+    assert len(lines) < 200
 
 
 @pytest.mark.parametrize("target", ["/no/such/folder/audit.jsonl", "/"])
@@ -257,10 +280,10 @@ async def test_a_full_disk_stops_no_answer_and_is_counted(
 ) -> None:
     app = create_app(Settings(engine="fake", audit_log="/dev/full"), engine)
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         for _ in range(3):
             assert (await client.post(CHAT, json=body_of())).status_code == 200
         await asyncio.to_thread(app.state.audit.close)
-        assert "neurontune_audit_lost_total 3.0" in (await client.get("/metrics")).text
+        assert "neurontune_audit_failures_total 3.0" in (await client.get("/metrics")).text
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 1 and "No space left on device" in errors[0]

@@ -41,6 +41,41 @@ def test_lines_are_written_in_order_to_a_file_of_its_owner(tmp_path: Path) -> No
     assert numbers(path) == list(range(100)) and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_file_that_others_could_read_is_theirs_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    path.touch(0o644)
+    path.chmod(0o644)
+    AuditFile(str(path), 10, 1).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and "its mode is 0600 now" in caplog.text
+
+
+def test_a_file_that_was_moved_away_is_begun_anew_when_told(tmp_path: Path) -> None:
+    """As logrotate does: move, then SIGHUP."""
+    path, moved = tmp_path / "audit.jsonl", tmp_path / "audit.jsonl-20260101"
+    log = AuditLog(AuditFile(str(path), 10**6, 3), never)
+    log.write({"number": 1})
+    log.close()
+    log = AuditLog(AuditFile(str(path), 10**6, 3), never)
+    path.rename(moved)
+    log.reopen()
+    log.write({"number": 2})
+    log.close()
+    assert numbers(moved) == [1] and numbers(path) == [2]
+
+
+def test_a_file_that_cannot_be_begun_anew_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    log = AuditLog(AuditFile(str(folder / "audit.jsonl"), 10**6, 3), never)
+    folder.rename(tmp_path / "moved")
+    log.reopen()
+    log.write({"number": 1})
+    log.close()
+    assert numbers(tmp_path / "moved" / "audit.jsonl") == [1] and "goes on in the old file" in caplog.text
+
+
 def test_a_full_file_is_kept_under_another_name_and_the_oldest_goes(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(AuditFile(str(path), 100, 2), never)
@@ -116,7 +151,7 @@ def test_a_burst_of_losses_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
     log.close()
     assert lost.count == 5
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
-    assert "neurontune_audit_lost_total" in caplog.text
+    assert "neurontune_audit_failures_total" in caplog.text
 
 
 def test_a_disk_that_hangs_holds_nobody_up_and_the_queue_is_bounded(tmp_path: Path) -> None:

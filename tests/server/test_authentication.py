@@ -59,7 +59,7 @@ def served(settings: Settings, engine: FakeEngine) -> FastAPI:
 @pytest.fixture
 async def client(served: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(served, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -95,7 +95,12 @@ OPEN = {"/health", "/ready", *FILES}
 async def test_every_route_but_health_ready_and_the_files_of_the_playground_wants_a_key(
     served: FastAPI, client: httpx.AsyncClient
 ) -> None:
-    routes = [*routes_of(served), ("GET", "/nothing"), ("POST", "/health/"), ("GET", "http://server//health")]
+    routes = [
+        *routes_of(served),
+        ("GET", "/nothing"),
+        ("POST", "/health/"),
+        ("GET", "http://localhost//health"),
+    ]
     routes += [
         ("GET", path) for path in ("/playground", "/playground/", "/playground/../v1/models", "/index.html")
     ]
@@ -110,7 +115,7 @@ async def test_every_route_but_health_ready_and_the_files_of_the_playground_want
 
 async def test_metrics_need_no_key_where_that_is_set(keys: Path, engine: FakeEngine) -> None:
     app = create_app(Settings(engine="fake", keys=keys, public_metrics=True), engine)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         assert (await client.get("/metrics")).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401
 
@@ -154,7 +159,7 @@ async def test_denials_are_counted(client: httpx.AsyncClient, ask_as: AskAs) -> 
     text = (await client.get("/metrics", headers=bearer("plain"))).text
     assert 'neurontune_http_requests_total{route="unmatched",status="401"} 1.0' in text
     assert f'neurontune_http_requests_total{{route="{CHAT}",status="403"}} 1.0' in text
-    assert 'neurontune_level_denials_total{reason="forbidden"} 1.0' in text
+    assert 'neurontune_level_denials_total{model_name="demo",reason="forbidden"} 1.0' in text
 
 
 @pytest.mark.parametrize("source", ["header", "body", "suffix"])
@@ -267,7 +272,7 @@ def test_a_key_file_that_the_mask_does_not_fit_is_refused_at_start(
 async def test_whoever_comes_to_an_open_server_is_held_to_the_default_floor(engine: FakeEngine) -> None:
     settings = Settings(engine="fake", host="0.0.0.0", open_to_anyone=True, default_floor="utility-priority")
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         for level, status in (("off", 403), ("utility-priority", 200), ("balanced", 200)):
             body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "safety_level": level}
             assert (await client.post(CHAT, json=body)).status_code == status
@@ -331,7 +336,7 @@ def test_no_request_at_all_is_answered_below_the_floor(
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app_of_plain)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             given = [(b"X-Safety-Level", value) for value in headers]
             named = [(name.encode(), value.encode()) for name, value in bearer("plain").items()]
             return await client.post(CHAT, content=json.dumps(content), headers=[*given, *named])

@@ -12,7 +12,7 @@ from server.answers import CompletionAnswers
 from server.app import create_app
 from server.choices import merged
 from server.deadlines import within
-from server.engines.base import GenerateRequest
+from server.engines.base import GenerateRequest, GenerationError
 from server.engines.fake import FakeEngine
 from server.settings import Settings
 from server.streaming import EventStream
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 SOON = {"X-Request-Timeout": "0.1"}
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "", "1_0", "1e999", "0x1", "1 0"])
 async def test_a_timeout_that_is_no_time_is_refused(ask: Ask, value: str) -> None:
     error = error_of(await ask(headers={"X-Request-Timeout": value}), 400, "invalid_value")
     assert error["param"] == "X-Request-Timeout" and "above 0" in error["message"]
@@ -43,7 +43,7 @@ async def test_before_the_first_byte_the_end_is_408_and_the_engine_is_free(
     error = error_of(await ask(headers=SOON, stream=stream), 408, "deadline_exceeded")
     assert "0.1 s" in error["message"]
     assert engine.num_aborted == 1 and is_idle(engine)
-    assert 'neurontune_refusals_total{reason="deadline"} 1.0' in (await client.get("/metrics")).text
+    assert 'neurontune_deadlines_exceeded_total{model_name="demo"} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_after_the_first_byte_the_end_is_an_event(
@@ -61,7 +61,7 @@ async def test_waiting_for_room_counts(control: Control) -> None:
     control.wait_at = 0
     engine = FakeEngine(max_num_seqs=1, before_token=control.before_token)
     transport = httpx.ASGITransport(create_app(Settings(engine="fake"), engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         running = asyncio.create_task(client.post(CHAT, json=body))
         await until(lambda: engine.healthy().num_running == 1)
@@ -75,7 +75,7 @@ async def test_the_setting_is_the_default_and_the_most(engine: FakeEngine, contr
     control.wait_at = 0
     settings = Settings(engine="fake", request_timeout_seconds=0.1)
     transport = httpx.ASGITransport(create_app(settings, engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
         for headers in ({}, {"X-Request-Timeout": "1000"}):
             error_of(await client.post(CHAT, json=body, headers=headers), 408, "deadline_exceeded")
@@ -84,7 +84,7 @@ async def test_the_setting_is_the_default_and_the_most(engine: FakeEngine, contr
 async def test_a_body_that_does_not_arrive_is_408(engine: FakeEngine) -> None:
     async with listen(Settings(engine="fake", read_timeout_seconds=0.1), engine) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: server\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
+        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), timeout=5)
         assert head.startswith(b"HTTP/1.1 408 ")
         length = int(head.lower().partition(b"content-length: ")[2].split()[0])
@@ -136,3 +136,42 @@ async def test_an_answer_whose_last_byte_is_sent_is_in_time_whatever_follows() -
     expiries: list[bool] = []
     await within(0.01, send, work, on_expiry=lambda _: expiries.append(True))
     assert [message.get("more_body") for message in sent] == [None, True, False] and not expiries
+
+
+@pytest.mark.parametrize("fail_at", [None, 3])
+async def test_a_stream_whose_end_is_sent_is_over_also_if_its_time_ends_then(
+    engine: FakeEngine, control: Control, fail_at: int | None
+) -> None:
+    """The end of the stream was a message behind its last event. A client that reads slowly has it wait: then
+    the deadline put an error behind `[DONE]`, and cut the connection."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        if sent and (b"[DONE]" in sent[-1].get("body", b"") or b'"error"' in sent[-1].get("body", b"")):
+            await asyncio.Event().wait()  # the connection takes no more
+        sent.append(message)
+
+    control.fail_at, control.failure = fail_at, GenerationError("told to fail")
+    outputs = merged([engine.generate(GenerateRequest("Hi", ZERO))])
+    answers = CompletionAnswers("demo", "print", 1, 1, logprobs=False, echoes=None)
+    stream = EventStream(outputs, answers.events(outputs, include_usage=False), {})
+    expiries: list[bool] = []
+
+    async def work(send: Send) -> None:
+        await stream({"type": "http"}, asyncio.Event().wait, send)
+
+    await within(0.5, send, work, on_expiry=lambda _: expiries.append(True))
+    assert [message.get("more_body") for message in sent[-2:]] == [True, False] and not expiries
+    assert (b"[DONE]" in sent[-1]["body"]) == (fail_at is None)
+
+
+async def test_a_deadline_before_the_last_event_leaves_no_done(
+    ask: Ask, engine: FakeEngine, control: Control
+) -> None:
+    """All of the text has come, but not why it ended: the answer is not complete."""
+    whole = (await ask(temperature=0)).json()["usage"]["completion_tokens"]
+    control.wait_at = whole - 1
+    response = await ask(headers=SOON, stream=True, temperature=0)
+    *before, last = events(response.text)
+    assert last["error"]["code"] == "deadline_exceeded" and len(before) == whole
+    assert all(each["choices"][0]["finish_reason"] is None for each in before) and is_idle(engine)

@@ -32,7 +32,7 @@ async def sent(port: int, **fields: Any) -> AsyncIterator[asyncio.StreamReader]:
     """Send a chat request over a raw connection; on exit the client is gone, without a goodbye."""
     body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], **fields})
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: server\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write((head + body).encode())
     try:
         yield reader
@@ -89,7 +89,7 @@ async def test_a_client_that_stops_reading_and_leaves_is_forgotten(engine: FakeE
 
     request = GenerateRequest(Chat((EngineMessage("user", "Hi"),)), ZERO)
     generated = engine.generate(request)  # held here: the garbage collector has no part in this
-    outputs = merged([Metrics(engine).measured(generated, time.perf_counter())])
+    outputs = merged([Metrics(engine).measured(generated, time.perf_counter(), "off")])
     answers = ChatAnswers("demo", "print", 1, logprobs=False, tools=None)
     stream = EventStream(outputs, answers.events(outputs, include_usage=False), {})
     answering = asyncio.create_task(stream({"type": "http"}, client.receive, send))
@@ -105,7 +105,7 @@ async def test_a_client_that_leaves_before_its_request_is_whole_is_counted_as_su
 ) -> None:
     async with listening as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: server\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
+        writer.write(f'POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{"a"'.encode())
         await writer.drain()
         await client.get("/health")
         writer.transport.abort()
@@ -128,7 +128,7 @@ async def test_one_that_leaves_does_not_disturb_the_others(
         control.gate.set()
         assert (await staying).json()["choices"][0]["finish_reason"] == "stop"
         running = (await client.get("/metrics")).text
-        assert "neurontune_requests_running 0.0" in running
+        assert 'neurontune_num_requests_running{model_name="demo"} 0.0' in running
 
 
 async def test_tokens_arrive_when_they_are_made(

@@ -1,4 +1,4 @@
-"""docs/api.md and the code say the same: what one of them has, the other has too."""
+"""docs/api.md, docs/metrics.md and the code say the same: what one of them has, the other has too."""
 
 import json
 import re
@@ -8,28 +8,33 @@ from pathlib import Path
 import httpx
 import pytest
 
+from modulation.evaluation.judges import REFUSAL_PHRASES, REFUSAL_WINDOW
 from server.app import create_app
 from server.body import Bounds
 from server.engines.fake import FakeEngine
+from server.engines.tallying import SAMPLE_EVERY
 from server.errors import ERRORS
-from server.metrics import Metrics
+from server.metric_table import TABLE
+from server.metrics import KNOWN
 from server.process import CTRL_C_SECONDS
 from server.schemas import ChatCompletionRequest, CompletionRequest, Only
 from server.settings import Settings, flag, variable
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGE = (DOCS / "api.md").read_text()
+METRICS_PAGE = (DOCS / "metrics.md").read_text()
 
 
-def section(title: str) -> str:
+def section(title: str, page: str = PAGE) -> str:
     """The text under the heading `title`."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     assert found, f"no section {title!r}"
     return found.group(1)
 
 
-def rows(title: str) -> Iterator[list[str]]:
+def rows(title: str, page: str = PAGE) -> Iterator[list[str]]:
     """The cells of every row of the tables under `title`, their headings left out, without backticks."""
-    for table in re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE):
+    for table in re.findall(r"(?:^\|.*\n)+", section(title, page), re.MULTILINE):
         for line in table.splitlines()[2:]:
             yield [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
 
@@ -50,19 +55,28 @@ def test_settings() -> None:
 
 
 def test_metrics() -> None:
-    families = {family.name: family for family in Metrics(FakeEngine()).registry.collect()}
-    documented = {name.removesuffix("_total"): kind for name, kind, _, _ in rows("Metrics")}
-    assert documented == {name: family.type for name, family in families.items()}
-    for name, kind, _, _ in rows("Metrics"):
-        assert name.endswith("_total") == (kind == "counter")
+    documented = [(name, kind, labels, help) for name, kind, labels, help in rows("The table", METRICS_PAGE)]
+    in_code = [(row.wire_name, row.kind, ", ".join(row.labels), row.help) for row in TABLE.values()]
+    assert documented == [(*row, help.replace("`", "")) for *row, help in in_code]
+
+
+def test_metric_buckets() -> None:
+    documented = {
+        name: tuple(map(float, buckets.split(", ")))
+        for names, buckets in rows("Buckets", METRICS_PAGE)
+        for name in names.split(", ")
+    }
+    assert documented == {name: row.buckets for name, row in TABLE.items() if row.buckets}
 
 
 def test_metric_labels() -> None:
-    metrics = Metrics(FakeEngine())
-    counters = (metrics.http_requests, metrics.requests, metrics.level_denials, metrics.refusals)
-    documented = {name: tuple(labels.split(", ")) for name, _, labels, _ in rows("Metrics") if labels}
-    in_code = {f"{counter._name}_total": counter._labelnames for counter in counters}
-    assert documented == in_code | {"neurontune_mask_info": ("digest", "model")}
+    documented = dict(rows("Labels", METRICS_PAGE))
+    assert documented.keys() == {label for row in TABLE.values() for label in row.labels}
+    for name, values in KNOWN.items():
+        (label,) = set(TABLE[name].labels) - {"model_name"}
+        assert all(re.search(rf"\b{value}\b", documented[label]) for value in values), name
+    assert f"one step in {SAMPLE_EVERY}" in METRICS_PAGE and str(REFUSAL_WINDOW) in METRICS_PAGE
+    assert f"{len(REFUSAL_PHRASES)} English phrases" in METRICS_PAGE
 
 
 def test_fields() -> None:

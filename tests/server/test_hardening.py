@@ -14,11 +14,12 @@ from modulation.loading import load_model, load_tokenizer
 from modulation.masks import MaskMetadata
 from server.app import create_app
 from server.cli import build_engine
+from server.draining import Drain
 from server.engines.fake import FakeEngine
 from server.engines.transformers import TransformersEngine
 from server.hardening import SECURITY_HEADERS
 from server.settings import Settings, read_settings
-from tests.server.conftest import CHAT
+from tests.server.conftest import CHAT, Control
 from tests.tiny_models import random_mask, tiny_chat_folder, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 def client_of(**settings: Any) -> httpx.AsyncClient:
     app = create_app(Settings(engine="fake", **settings), FakeEngine())
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 def test_no_code_of_ours_unpickles_or_evaluates() -> None:
@@ -115,14 +116,29 @@ async def test_every_answer_has_the_security_headers(path: str) -> None:
         assert answer.headers[name] == stream.headers[name] == value
 
 
+async def test_failures_and_refusals_have_the_security_headers(control: Control, engine: FakeEngine) -> None:
+    control.fail_at = 0
+    drain = Drain()
+    app = create_app(Settings(engine="fake"), engine, drain)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answers = [await client.post(CHAT, json=QUESTION)]
+        drain.begin(60)
+        answers.append(await client.post(CHAT, json=QUESTION))
+    assert [answer.status_code for answer in answers] == [500, 503]
+    for answer in answers:
+        for name, value in SECURITY_HEADERS.items():
+            assert answer.headers.get_list(name) == [value]
+
+
 async def test_no_other_origin_is_let_in_unless_it_is_named() -> None:
     async with client_of() as client:
         closed = await client.post(CHAT, json=QUESTION, headers={"Origin": ORIGIN})
         preflight = await client.options(
             CHAT, headers={"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
         )
-    assert closed.status_code == 200 and "access-control-allow-origin" not in closed.headers
-    assert preflight.status_code == 405
+    for answer in (closed, preflight):
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
     async with client_of(cors_origins="https://app.example,https://b.example") as client:
         answer = await client.post(CHAT, json=QUESTION, headers={"Origin": ORIGIN})
         stranger = await client.post(CHAT, json=QUESTION, headers={"Origin": "https://c.example"})
@@ -136,6 +152,9 @@ async def test_no_other_origin_is_let_in_unless_it_is_named() -> None:
             },
         )
     assert answer.headers["access-control-allow-origin"] == ORIGIN
-    assert "X-Safety-Level" in answer.headers["access-control-expose-headers"]
+    exposed = answer.headers["access-control-expose-headers"].lower().split(", ")
+    told = ["level", "neurons", "mask"]
+    rates = [f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")]
+    assert {*rates, "x-request-id", "retry-after", *(f"x-safety-{each}" for each in told)} <= set(exposed)
     assert "access-control-allow-origin" not in stranger.headers
     assert preflight.status_code == 200 and asked in preflight.headers["access-control-allow-headers"]

@@ -107,7 +107,9 @@ def test_every_known_key_is_compared_whoever_asks(tmp_path: Path, monkeypatch: p
         ("keys: []\n---\nkeys: []\n", "line 2"),
         ("keys:\n- !!python/object/apply:os.system [true]\n", "line 2: keys.0"),
         ("keys: [[1, 2]: 3]", "must be text"),
-        ("[" * 5000, "keys.yaml"),
+        ("[" * 5000, "line 1: a key file is not nested so deeply"),
+        ("keys: " + "[" * 10**6, "line 1: a key file is not nested so deeply"),
+        ("- " * 500_000, "line 1: a key file is not nested so deeply"),
         ("keys: \0", "keys.yaml"),
     ],
 )
@@ -132,10 +134,10 @@ def test_a_reload_takes_the_whole_file_or_nothing(tmp_path: Path) -> None:
     keyring = Keyring(path, "balanced", accept)
     path.write_text("keys: [")
     with pytest.raises(SettingsError, match=r"keys\.yaml, line 1"):
-        keyring.reload()
+        keyring.use(keyring.read())
     assert [caller.name for caller in keyring.callers] == ["a", "b"]
     key_file(path, b={"floor": "off"}, c={})
-    keyring.reload()
+    keyring.use(keyring.read())
     assert [(caller.name, caller.floor) for caller in keyring.callers] == [("b", "off"), ("c", "balanced")]
     with pytest.raises(InvalidKeyError):
         keyring.find(key_of("a").encode())

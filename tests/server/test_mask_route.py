@@ -33,7 +33,7 @@ async def client(tmp_path: Path, mask: Mask) -> AsyncIterator[httpx.AsyncClient]
     engine = FakeEngine()
     await engine.use_mask(mask)
     transport = httpx.ASGITransport(create_app(Settings(engine="fake", keys=keys), engine))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -111,7 +111,7 @@ async def test_what_the_route_cannot_read_is_refused(client: httpx.AsyncClient) 
 
 async def test_an_engine_without_a_mask_has_nothing_to_tell() -> None:
     transport = httpx.ASGITransport(create_app(Settings(engine="fake"), FakeEngine()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = (await client.get("/v1/mask")).json()
     assert (
         body["neurons"] is None and body["evaluation"] is None and body["numbers"] == {"min": 0, "max": 128}

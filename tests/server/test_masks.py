@@ -1,14 +1,19 @@
 """The mask is swapped under a running server: what answers, headers and metrics say."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from modulation.masks import Mask
+from server.app import create_app
+from server.engines.base import GenerateRequest, Output
 from server.engines.fake import MASK_DIGEST, FakeEngine
+from server.settings import Settings
 from tests.engines.contract import until
-from tests.server.conftest import Ask, Control
+from tests.server.conftest import CHAT, Ask, Control, error_of
 from tests.server.test_metrics import samples
 from tests.tiny_models import random_mask, tiny_model
 
@@ -52,3 +57,29 @@ async def test_the_metric_follows(client: httpx.AsyncClient, engine: FakeEngine,
     await engine.use_mask(mask)
     shown = {key[1] for key in await samples(client) if key[0] == "neurontune_mask_info"}
     assert shown == {mask.digest}
+
+
+async def test_two_swaps_between_the_grant_and_the_start_are_a_503_that_says_when_to_come_back(
+    settings: Settings, mask: Mask
+) -> None:
+    """The level was granted under a mask that nobody knows any more; under another one it would mean another
+    threshold. So it is refused, and the next request is answered."""
+    other = replace(mask, metadata=mask.metadata.model_copy(update={"seeds": {"all": 7}}))
+
+    class Swapped(FakeEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
+            if self.describe().mask_digest == MASK_DIGEST:
+                await self.use_mask(mask)
+                await self.use_mask(other)
+            async for output in super().generate(request):
+                yield output
+
+    engine = Swapped()
+    transport = httpx.ASGITransport(create_app(settings, engine))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        refused = await client.post(CHAT, json=body)
+        assert MASK_DIGEST in error_of(refused, 503, "engine_unavailable")["message"]
+        assert refused.headers["Retry-After"] == "1"
+        answered = await client.post(CHAT, json=body)
+        assert answered.status_code == 200 and answered.headers["X-Safety-Mask"] == other.digest

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 async def test_every_file_is_served_without_a_key_and_nothing_else_is(tmp_path: Path) -> None:
     keys = key_file(tmp_path / "keys.yaml", somebody={})
     transport = httpx.ASGITransport(create_app(Settings(engine="fake", keys=keys), FakeEngine()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert set(FILES.values()) == set(FOLDER.iterdir()), "a file of a kind that is not served"
         for path, file in FILES.items():
             answer = await client.get(path)

@@ -80,7 +80,7 @@ def test_sigterm_refuses_what_is_new_and_lets_what_runs_finish(tmp_path: Path) -
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.headers["connection"] == "close" and "x-request-id" in refused.headers
         assert httpx.get(f"{url}/health").status_code == 200
-        assert "neurontune_requests_running 1.0" in httpx.get(f"{url}/metrics").text
+        assert 'neurontune_num_requests_running{model_name="demo"} 1.0' in httpx.get(f"{url}/metrics").text
         go.touch()
         assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(10) == 0
@@ -134,7 +134,7 @@ def test_connections_without_a_whole_request_are_closed_in_time() -> None:
     command = [sys.executable, "-m", "server", "serve", "--engine", "fake", "--port", "0"]
     with started([*command, "--read-timeout-seconds", "0.5"]) as (_, printed):
         port = int(printed.partition("http://127.0.0.1:")[2].split()[0].partition("/")[0])
-        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: s\r\nX-Slow: ", KEEP_ALIVE + b"GET /he"):
+        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", KEEP_ALIVE + b"GET /he"):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
                 connection.sendall(sent)
                 received = b""
@@ -143,4 +143,4 @@ def test_connections_without_a_whole_request_are_closed_in_time() -> None:
                 assert received.startswith(b"HTTP/1.1 200") == sent.startswith(KEEP_ALIVE)
 
 
-KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: s\r\n\r\n"
+KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -30,7 +30,7 @@ def clients(tmp_path: Path, engine: FakeEngine) -> Clients:
         keys = key_file(tmp_path / "keys.yaml", **entries)
         transport = httpx.ASGITransport(create_app(Settings(engine="fake", keys=keys), engine))
         return lambda name: httpx.AsyncClient(
-            transport=transport, base_url="http://server", headers=bearer(name)
+            transport=transport, base_url="http://localhost", headers=bearer(name)
         )
 
     return of
@@ -53,7 +53,10 @@ async def test_requests_beyond_the_rate_are_429_with_what_is_left(clients: Clien
             assert "'ann' has 0 of 2 requests" in error_of(refused, 429, "rate_limit_exceeded")["message"]
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-        assert 'neurontune_refusals_total{reason="rate_limit"} 2.0' in (await client.get("/metrics")).text
+        assert (
+            'neurontune_admission_rejections_total{model_name="demo",reason="rate_limit"} 2.0'
+            in (await client.get("/metrics")).text
+        )
 
 
 async def test_callers_have_rates_of_their_own_and_without_one_there_is_no_header(clients: Clients) -> None:
@@ -85,7 +88,8 @@ async def test_a_prompt_that_is_more_than_what_is_left_is_refused_before_it_is_g
 ) -> None:
     async with clients(ann={"tokens_per_minute": 30})("ann") as client:
         refused = await client.post(CHAT, json=body(100))
-        assert "It never fits" in error_of(refused, 429, "rate_limit_exceeded")["message"]
+        assert "it never fits" in error_of(refused, 400, "invalid_value")["message"]
+        assert "retry-after" not in refused.headers
         assert (await client.post(CHAT, json=body(max_tokens=28))).status_code == 200
         error_of(await client.post(CHAT, json=body()), 429, "rate_limit_exceeded")
 

@@ -81,8 +81,8 @@ async def test_a_stop_ends_whole_answers_and_streams_alike_and_frees_the_engine(
     deltas = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
     assert "".join(deltas) == whole[: whole.find(stop)]
     metrics = (await client.get("/metrics")).text
-    assert "neurontune_requests_running 0.0" in metrics
-    assert "neurontune_e2e_request_latency_seconds_count 3.0" in metrics
+    assert 'neurontune_num_requests_running{model_name="demo"} 0.0' in metrics
+    assert 'neurontune_e2e_request_latency_seconds_count{model_name="demo"} 3.0' in metrics
 
 
 async def test_n_answers_are_each_what_one_would_be(ask: Ask) -> None:

@@ -1,0 +1,68 @@
+"""What an engine counts of its steps and prompts, for metrics.
+
+Knows numbers. Knows no model, no torch, no metric. Written to by the one thread that runs the steps, and read
+by another: a count may be a step old, never wrong.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Final
+
+from server.engines.base import MODULATION_BOUNDS, STEP_LEVEL_BOUNDS, Distribution, Tallies
+
+SAMPLE_EVERY: Final = 64
+
+
+class Tally:
+    """Counts since the engine was made; the engine's rebuilds change nothing in it."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
+        self._levels = _Observed(STEP_LEVEL_BOUNDS)
+        self._seconds = _Observed(MODULATION_BOUNDS)
+
+    def step_begins(self, num_levels: int) -> None:
+        """A step begins, with so many different thresholds."""
+        self._num_steps += 1
+        self._levels.add(num_levels)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether modulation is to be timed in the step that has begun: in one of `SAMPLE_EVERY`."""
+        return self._num_steps % SAMPLE_EVERY == 0 and self._num_steps > 0
+
+    def modulated(self, seconds: float) -> None:
+        """So long was spent in modulation in a step that was sampled."""
+        self._seconds.add(seconds)
+
+    def looked_up(self, num_tokens: int, num_cached: int) -> None:
+        """A prompt of so many tokens was looked up in the prefix cache; `num_cached` were there."""
+        self._num_prefix_queries += num_tokens
+        self._num_prefix_hits += num_cached
+
+    def now(self, kv_cache_usage: float, num_restarts: int) -> Tallies:
+        """All of it, with what others know."""
+        return Tallies(
+            kv_cache_usage=kv_cache_usage,
+            num_prefix_queries=self._num_prefix_queries,
+            num_prefix_hits=self._num_prefix_hits,
+            num_restarts=num_restarts,
+            step_levels=self._levels.distribution(),
+            modulation_seconds=self._seconds.distribution(),
+        )
+
+
+class _Observed:
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def distribution(self) -> Distribution:
+        return Distribution(self._bounds, tuple(self._counts), self._total)
