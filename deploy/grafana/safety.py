@@ -39,8 +39,8 @@ def _tiles(series: Series) -> Sequence[Panel]:
         tile(
             "Refused",
             "percentunit",
-            series.share(series.rate("refusals"), requests),
-            "Answers that begin like a refusal, per request.",
+            series.share(series.rate("refusals"), series.rate("answers")),
+            "Share of the completed answers that begin like a refusal.",
         ),
         tile(
             "Denied",
@@ -111,14 +111,14 @@ def _levels(series: Series) -> Sequence[Panel]:
 
 
 def _refusals(series: Series) -> Sequence[Panel]:
-    refused, asked = (series.rate(name, by=("level_applied",)) for name in ("refusals", "requests"))
+    refused, answers = (series.rate(name, by=("level_applied",)) for name in ("refusals", "answers"))
     hourly = series.recorded("job_level:neurontune_refusals:ratio_increase1h")
     return (
         lines(
             "Refusal rate by level",
             "percentunit",
-            "Answers that begin like a refusal, per request at the level; each of several choices counts.",
-            Query(series.share(refused, asked), "{{level_applied}}"),
+            "Share of the level's completed answers that begin like a refusal; each of several choices is one.",
+            Query(series.share(refused, answers), "{{level_applied}}"),
         ),
         lines(
             "Refusal rate, now and a day before",
