@@ -145,6 +145,7 @@ _ROWS: Final = (
         "level_applied",
     ),
     _counter("level_denials", "Requests refused for their level.", "reason"),
+    _counter("answers", "Completed answers, by their level.", "level_applied"),
     _counter("refusals", "Completed answers that begin like a refusal, by their level.", "level_applied"),
     _histogram("active_neurons", NEURON_BUCKETS, "Neurons of both sets that are active for a request."),
     _histogram("step_distinct_levels", STEP_LEVEL_BOUNDS, "Different thresholds in one step of the engine."),

@@ -58,6 +58,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         info = engine.describe()
+        self._engine: Final = engine
         self.registry: Final = CollectorRegistry()
         self.registry.register(_OfEngine(engine))
         self._model: Final = info.model_id
@@ -79,14 +80,22 @@ class Metrics:
         self._http_seconds: Final = Histogram(**_arguments("http_request_duration_seconds", self.registry))
         self._requests: Final = self._counter("requests")
         self._denials: Final = self._counter("level_denials")
+        self._answers: Final = self._counter("answers")
         self._refusals: Final = self._counter("refusals")
         self._neurons: Final = self._histogram("active_neurons")
         self._reloads: Final = self._counter("mask_reloads")
         self._rejections: Final = self._counter("admission_rejections")
         self._deadlines: Final = self._counter("deadlines_exceeded").labels(self._model)
         self._audit_failures: Final = self._counter("audit_failures")
-        for level in (*info.levels.names, CUSTOM):
-            self._refusals.labels(level, self._model)
+        self._begin(info.levels)
+
+    def _begin(self, levels: SafetyLevels) -> None:
+        """What these levels can be counted under is there, with what it has, or 0."""
+        for applied in (*levels.names, CUSTOM):
+            for counter in (self._answers, self._refusals):
+                counter.labels(applied, self._model)
+            for asked in (applied, DEFAULT):
+                self._requests.labels(asked, applied, self._model)
 
     def _counter(self, name: str) -> Counter:
         counter = Counter(**_arguments(name, self.registry))
@@ -123,6 +132,8 @@ class Metrics:
     def mask_reloaded(self, *, is_in_force: bool) -> None:
         """Count a mask that was to be put in force."""
         self._reloads.labels("success" if is_in_force else "failure", self._model).inc()
+        if is_in_force:
+            self._begin(self._engine.describe().levels)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count an HTTP request; `route` is a template, never a path."""
@@ -133,7 +144,7 @@ class Metrics:
         """How many requests were given each level since the start; numbers together as `custom`."""
         counts: dict[str, int] = {}
         for sample in (each for family in self._requests.collect() for each in family.samples):
-            if sample.name.endswith("_total"):
+            if sample.name.endswith("_total") and sample.value:
                 level = sample.labels["level_applied"]
                 counts[level] = counts.get(level, 0) + int(sample.value)
         return counts
@@ -208,6 +219,7 @@ class _Answer:
             metrics._decode.observe(self._last - self._first)
             if output.num_completion_tokens > 1:
                 metrics._per_token.observe((self._last - self._first) / (output.num_completion_tokens - 1))
+        metrics._answers.labels(self._level, metrics._model).inc()
         if refuses(self._beginning):
             metrics._refusals.labels(self._level, metrics._model).inc()
 

@@ -5,7 +5,7 @@ its outputs.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,9 +41,10 @@ class Visit:
             OverloadedError, RateLimitError: not now.
             InvalidValueError: never: more answers than there are places, or more tokens than the rate.
         """
-        self._seat.take(num_tokens)
         num_charged = sum(num_tokens[::num_choices])
-        await self._gate.rates.charge_prompt(self._caller, num_charged)
+        with self._gate.counting_rejections():
+            self._seat.take(num_tokens)
+            await self._gate.rates.charge_prompt(self._caller, num_charged)
         self._num_charged = num_charged
 
     async def counted(
@@ -88,8 +89,10 @@ class Gate:
         seconds, caller = seconds_of(scope, self.max_seconds), caller_of(scope)
 
         async def work(send: Send) -> None:
-            with self._counting_rejections(), self.admission.seat() as seat:
-                await self.rates.admit(caller)
+            with ExitStack() as held:
+                with self.counting_rejections():
+                    seat = held.enter_context(self.admission.seat())
+                    await self.rates.admit(caller)
                 visit = scope[SCOPE_KEY] = Visit(self, seat, caller)
                 try:
                     await app(scope, receive, self._with_rates(caller, send))
@@ -103,7 +106,8 @@ class Gate:
         await within(seconds, send, work, on_expiry=expired)
 
     @contextmanager
-    def _counting_rejections(self) -> Iterator[None]:
+    def counting_rejections(self) -> Iterator[None]:
+        """Count what the block refuses: outside of the route, whose errors are answers already, none is seen."""
         try:
             yield
         except RefusedError as error:

@@ -17,7 +17,7 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULE_FILES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 DASHBOARD_FILES = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-BY_PROMETHEUS = {"job", "instance"}
+BY_PROMETHEUS = {"job", "namespace", "instance"}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from server.errors import InvalidValueError, OverloadedError
 from server.settings import Settings
 from tests.engines.contract import is_idle, until
 from tests.server.conftest import CHAT, Control, error_of, listen
+from tests.server.keying import bearer, key_file
 
 pytestmark = pytest.mark.anyio
 
@@ -163,6 +165,40 @@ async def test_each_of_several_choices_takes_a_place(
     error_of(await client.post(CHAT, json={**BODY, "n": 2}), 429, "server_overloaded")
     control.gate.set()
     assert (await asked).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "reason"),
+    [
+        ({"max_waiting_tokens": 10}, {"prompt": "x" * 400}, "overloaded"),
+        ({"max_num_waiting": 7}, {"n": 8}, "overloaded"),
+        ({}, {"prompt": "x" * 400}, "rate_limit"),
+    ],
+    ids=["max_waiting_tokens", "places", "tokens_per_minute"],
+)
+async def test_what_is_refused_once_its_body_is_read_is_counted_too(
+    control: Control, tmp_path: Path, settings: dict[str, Any], fields: dict[str, Any], reason: str
+) -> None:
+    """The route had made a 429 of it before anybody counted."""
+    control.wait_at = 0
+    engine = FakeEngine(max_num_seqs=1, before_token=control.before_token)
+    keys = key_file(tmp_path / "keys.yaml", ann={"tokens_per_minute": 110} if reason == "rate_limit" else {})
+    app = create_app(Settings(engine="fake", keys=keys, max_num_seqs=1, **settings), engine)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://a", headers=bearer("ann")) as client:
+        body = {"model": "demo", "max_tokens": 1, **fields}
+        first = {**body, "prompt": "x" * 80, "n": 1}
+        asked = asyncio.create_task(client.post("/v1/completions", json=first))
+        await until(lambda: engine.healthy().num_running == 1)
+        status = (await client.post("/v1/completions", json={"prompt": "x", **body})).status_code
+        counted = {
+            each: f'neurontune_admission_rejections_total{{model_name="demo",reason="{each}"}} {number:.1f}'
+            for each, number in (("overloaded", reason == "overloaded"), ("rate_limit", reason == "rate_limit"))
+        }
+        seen = (await client.get("/metrics")).text
+        assert status == 429 and all(line in seen for line in counted.values()), seen
+        control.gate.set()
+        assert (await asked).status_code == 200
 
 
 async def test_failures_and_clients_that_leave_give_their_places_back(control: Control) -> None:

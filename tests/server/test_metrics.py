@@ -83,7 +83,7 @@ async def test_requests_count_by_level_asked_and_applied(ask: Ask, client: httpx
     await ask(model="demo@balanced")
     seen = await samples(client)
     counted = {key[1:]: value for key, value in seen.items() if key[0] == "neurontune_requests_total"}
-    assert counted == {
+    assert {key: value for key, value in counted.items() if value} == {
         ("custom", "custom"): 2,
         ("balanced", "default"): 1,
         ("balanced", "balanced"): 1,
@@ -94,6 +94,40 @@ async def test_requests_count_by_level_asked_and_applied(ask: Ask, client: httpx
     at_most = {bound: seen["neurontune_active_neurons_bucket", bound] for bound in ("0.0", "20.0", "100.0")}
     assert at_most == {"0.0": 2, "20.0": 3, "100.0": 5}
     assert seen["neurontune_active_neurons_count",] == 6
+
+
+OF_LEVELS = ("neurontune_answers_total", "neurontune_refusals_total", "neurontune_requests_total")
+
+
+async def test_levels_begin_at_nothing_also_those_of_another_mask(engine: FakeEngine, tmp_path: Path) -> None:
+    """A rate misses what was counted before its first point: 1 is no increase where there was no 0."""
+    mask = random_mask(tiny_model())
+    levels = {"security-critical": (9, 4), "guest": (3, 2)}
+    save_mask(replace(mask, metadata=mask.metadata.model_copy(update={"levels": levels})), tmp_path)
+    app = create_app(Settings(engine="fake", mask_dir=tmp_path, default_level="off"), engine)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        names = {"off", "utility-priority", "balanced", "security-critical", "custom"}
+        for more in (set[str](), {"guest"}):
+            names |= more
+            seen = {key: value for key, value in (await samples(client)).items() if key[0] in OF_LEVELS}
+            assert not any(seen.values())
+            pairs = {(level, asked) for level in names for asked in (level, "default")}
+            assert {key[1:] for key in seen if key[0] == OF_LEVELS[-1]} == pairs
+            for name in OF_LEVELS[:2]:
+                assert {key[1] for key in seen if key[0] == name} == names
+            await app.state.reloading._swap.swap("mask.safetensors")
+
+
+async def test_what_was_refused_or_left_is_no_answer_and_each_choice_is_one(
+    ask: Ask, client: httpx.AsyncClient, control: Control
+) -> None:
+    await ask(safety_level="off", n=3)
+    await ask(safety_level="off", max_tokens=5000)
+    control.fail_at = 2
+    await ask(safety_level="off")
+    seen = await samples(client)
+    assert seen["neurontune_answers_total", "off"] == 3
+    assert seen["neurontune_requests_total", "off", "off"] == 3
 
 
 async def test_labels_stay_few_whatever_is_asked(
@@ -405,6 +439,8 @@ async def test_answers_that_begin_like_a_refusal_count_by_level(
         counted = {key[1]: value for key, value in seen.items() if key[0] == "neurontune_refusals_total"}
         names = {"off", "utility-priority", "balanced", "security-critical", "custom"}
         assert counted == {**dict.fromkeys(names, 0), "off": len(REFUSING), "custom": len(REFUSING)}
+        counted = {key[1]: value for key, value in seen.items() if key[0] == "neurontune_answers_total"}
+        assert counted == {**dict.fromkeys(names, 0), "off": len(said), "custom": len(said)}
 
 
 async def test_a_refusal_that_its_client_did_not_wait_for_is_none() -> None:
@@ -415,7 +451,8 @@ async def test_a_refusal_that_its_client_did_not_wait_for_is_none() -> None:
         await anext(outputs)
     await outputs.aclose()
     value = metrics.registry.get_sample_value
-    assert value("neurontune_refusals_total", {"level_applied": "off", "model_name": "demo"}) == 0
+    for name in ("answers", "refusals"):
+        assert value(f"neurontune_{name}_total", {"level_applied": "off", "model_name": "demo"}) == 0
     assert value("neurontune_request_success_total", {"finished_reason": "abort", "model_name": "demo"}) == 1
 
 
