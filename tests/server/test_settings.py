@@ -47,7 +47,7 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({"port": "abc"}, "--port, NEURONTUNE_PORT"), ({"port": "65536"}, "65535"), ({"port": "-1"}, "port"),
         ({"max_num_seqs": "0"}, "--max-num-seqs"), ({"max_model_len": "0"}, "--max-model-len"),
         ({"kv_cache_tokens": "many"}, "many"), ({"device": "tpu"}, "'auto', 'cpu' or 'cuda'"),
-        ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers', 'vllm', 'upstream' or 'fake'"),
+        ({"dtype": "int8"}, "bfloat16"), ({"engine": "sglang"}, "'transformers', 'vllm', 'upstream' or 'fake'"),
         ({"log_level": "loud"}, "debug"), ({"prefix_caching": "perhaps"}, "--prefix-caching"),
         ({"mask": ""}, "must not be empty"), ({"model": ""}, "must not be empty"),
         ({"colour": "red"}, "colour"), ({"cors_origins": "app.example"}, "--cors-origins"),
