@@ -159,9 +159,9 @@ def _mask(series: Series) -> Sequence[Panel]:
             width=12,
         ),
         lines(
-            "Reloads of the mask",
+            "Mask changes",
             "short",
-            "Masks put in force (`success`) and refused (`failure`), in each step.",
+            "Masks put in force (`success`, the same one again too) and refused (`failure`), in each step.",
             Query(series.increase("mask_reloads", by=("result",), window=RATE), "{{result}}"),
             width=12,
         ),
@@ -196,6 +196,8 @@ def _modulation(series: Series) -> Sequence[Panel]:
 
 
 def _audit(series: Series) -> Sequence[Panel]:
+    forbidden = series.rate("http_requests", 'status="403"')
+    below = series.rate("level_denials", 'reason="forbidden"')
     return (
         lines(
             "Audit lines lost",
@@ -207,11 +209,10 @@ def _audit(series: Series) -> Sequence[Panel]:
         lines(
             "Failed authentication",
             "reqps",
-            "Requests per second without a valid key (401), or that a key may not make (403).",
-            Query(
-                series.rate("http_requests", 'status=~"401|403"', by=("route", "status")),
-                "{{status}} {{route}}",
-            ),
+            "Requests per second without a valid key (401), or not allowed to a key, host or origin (403). "
+            "Those below the key's floor are 403 too, and are not counted here: see denials.",
+            Query(series.rate("http_requests", 'status="401"', by=("route",)), "401 {{route}}"),
+            Query(f"clamp_min({forbidden} - {below}, 0)", "403"),
             width=12,
         ),
     )
