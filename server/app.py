@@ -27,7 +27,7 @@ from server.audit_log import AuditLog, open_audit_log
 from server.authentication import Authenticate, by_key, everybody
 from server.body import Bounds
 from server.callers import ANONYMOUS, Caller
-from server.draining import Drain, RefuseWhenDraining
+from server.draining import WATCHED, Drain, RefuseWhenDraining
 from server.engines.base import Engine, EngineUnavailableError
 from server.errors import (
     ERRORS,
@@ -77,7 +77,7 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     nothing new is taken from when `drain` begins.
 
     Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
-    `check_callers` with them.
+    `check_callers` with them; and `metrics`, for what is counted before a request reaches it.
 
     Raises:
         SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
@@ -101,6 +101,8 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
                 await asyncio.to_thread(audit.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
+    routes = [*app.routes]
+    app.state.metrics = metrics
     drain = drain or Drain()
 
     async def refuse(request: Request, error: ShuttingDownError) -> Response:
@@ -125,18 +127,21 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.add_middleware(
         Authenticate, find_caller=find_caller, open_paths=open_paths, answer_error=_answer_error
     )
-    if (settings.keys is None and not settings.open_to_anyone) or settings.allowed_hosts:
+    is_private = settings.keys is None and not settings.open_to_anyone
+    if is_private or settings.allowed_hosts:
         app.add_middleware(
             RefuseForeign,
             hosts=settings.allowed_hosts,
             origins=settings.cors_origins,
+            # Those who watch a server come under its address. One without keys must not tell pages even this.
+            open_paths=() if is_private else WATCHED,
             answer_error=_answer_error,
         )
     if audit is not None and denials is not None:
         app.add_middleware(
             Audit, log=audit, denials=denials, paths=GENERATING, keeps_prompts=settings.audit_prompts
         )
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(CountRequests, metrics=metrics, routes=routes)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -149,16 +154,20 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     asking = Asking(engine, metrics, model, default, _gate(settings, metrics), _bounds(settings))
-    app.include_router(chat_router(asking))
-    app.include_router(completions_router(asking))
-    app.include_router(tokens_router(asking))
-    app.include_router(models_router(engine, model, created=int(time.time())))
-    app.include_router(levels_router(engine, default))
-    app.include_router(mask_router(engine, default))
-    app.include_router(level_mix_router(engine, metrics))
-    app.include_router(playground_router())
-    app.include_router(health_router(engine, metrics, drain))
-    app.include_router(admin_router(mask_swap, _bounds(settings)))
+    for router in (
+        chat_router(asking),
+        completions_router(asking),
+        tokens_router(asking),
+        models_router(engine, model, created=int(time.time())),
+        levels_router(engine, default),
+        mask_router(engine, default),
+        level_mix_router(engine, metrics),
+        playground_router(),
+        health_router(engine, metrics, drain),
+        admin_router(mask_swap, _bounds(settings)),
+    ):
+        app.include_router(router)
+        routes += router.routes
     for kind in ERRORS:
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

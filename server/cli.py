@@ -117,6 +117,7 @@ def serve(**flags: Any) -> None:
             limits=Limits(
                 settings.max_connections, settings.read_timeout_seconds, settings.request_timeout_seconds
             ),
+            on_refused=application.state.metrics.rejected,
         )
 
 

@@ -9,13 +9,14 @@ import http
 import json
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import OverloadedError, SettingsError, error_body, kind_of
+from server.errors import ConnectionsError, RefusedError, SettingsError, error_body, kind_of
 from server.hardening import SECURITY_HEADERS
 
 TELL_SECONDS: Final = 60.0
@@ -63,7 +64,11 @@ class _Waiting:
     told: float = -TELL_SECONDS
 
 
-def bounded(limits: Limits) -> type[asyncio.Protocol]:
+OnRefused = Callable[[RefusedError], object]
+"""Is told of every connection that is refused."""
+
+
+def bounded(limits: Limits, on_refused: OnRefused = lambda _: None) -> type[asyncio.Protocol]:
     """A protocol for `uvicorn.Config(http=...)` that keeps to `limits`.
 
     Beyond the most connections, the one that has waited longest for a request is closed for the new one; if
@@ -75,6 +80,7 @@ def bounded(limits: Limits) -> type[asyncio.Protocol]:
     class Protocol(_Protocol):
         _limits = limits
         _waiting = waiting
+        _on_refused = staticmethod(on_refused)
 
     return Protocol
 
@@ -82,6 +88,7 @@ def bounded(limits: Limits) -> type[asyncio.Protocol]:
 class _Protocol(H11Protocol):
     _limits: Limits
     _waiting: _Waiting
+    _on_refused: OnRefused
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -127,7 +134,8 @@ class _Protocol(H11Protocol):
         if now - self._waiting.told >= TELL_SECONDS:
             self._waiting.told = now
             self.logger.warning("More than %d connections: some are refused (--max-connections).", most)
-        error = OverloadedError(f"The server has {most} connections, as many as it takes. Try again in 1 s.")
+        error = ConnectionsError(f"The server has {most} connections, as many as it takes. Try again in 1 s.")
+        self._on_refused(error)
         body = json.dumps(error_body(error)).encode("ascii")
         self._answer_and_close(kind_of(error).status, b"application/json", body, error.headers)
         if self.transport.get_write_buffer_size():

@@ -27,6 +27,7 @@ RequestError                    the caller's mistake; `param` is the path of wha
 └── MethodNotAllowedError       the path exists, the method does not
 RefusedError                    not now: may be asked again after some seconds
 ├── OverloadedError             no place is free
+│   └── ConnectionsError        no connection is free
 ├── RateLimitError              the caller has used up its minute
 └── ShuttingDownError           the server is on its way out
 DeadlineExceededError           the request's time is over
@@ -161,7 +162,7 @@ class RefusedError(Exception):
     `headers` go with the answer: when to come again, and what else the client should know.
     """
 
-    reason: ClassVar[Literal["overloaded", "rate_limit", "shutting_down"]]
+    reason: ClassVar[Literal["overloaded", "connections", "rate_limit", "shutting_down"]]
 
     def __init__(self, message: str, retry_seconds: int = 1) -> None:
         super().__init__(message)
@@ -173,6 +174,12 @@ class OverloadedError(RefusedError):
     """No place is free for this request, or too many tokens wait already."""
 
     reason = "overloaded"
+
+
+class ConnectionsError(OverloadedError):
+    """There are as many connections as this server takes."""
+
+    reason = "connections"
 
 
 class RateLimitError(RefusedError):

@@ -22,18 +22,25 @@ ANY: Final = "*"
 
 class RefuseForeign:
     """ASGI middleware that lets through what is sent to a name of this machine's own (localhost and loopback
-    addresses) or one of `hosts`, by no web page, or by one of this server or of `origins` (`*`: any)."""
+    addresses) or one of `hosts`, by no web page, or by one of this server or of `origins` (`*`: any).
+    `open_paths` are let through whatever they are sent to."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Collection[str], origins: Collection[str], answer_error: AnswerError
+        self,
+        app: ASGIApp,
+        hosts: Collection[str],
+        origins: Collection[str],
+        open_paths: Collection[str],
+        answer_error: AnswerError,
     ) -> None:
         self._app = app
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origins)
+        self._open_paths = frozenset(open_paths)
         self._answer_error = answer_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
                 self._refuse_foreign(Headers(scope=scope))
             except RequestError as error:

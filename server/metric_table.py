@@ -159,7 +159,9 @@ _ROWS: Final = (
     # Of the server.
     _gauge("engine_ready", "1 if the engine can take requests, else 0."),
     _counter("engine_restarts", "Rebuilds of the engine after a failure, failed ones too."),
-    _counter("admission_rejections", "Requests that found no place or no rate.", "reason"),
+    _counter(
+        "admission_rejections", "Requests that found no place or no rate, and connections refused.", "reason"
+    ),
     _counter("deadlines_exceeded", "Requests that took longer than they may."),
     MetricRow(
         f"{PREFIX}audit_failures", "counter", "Lines of the audit log that could not be written.", labels=()

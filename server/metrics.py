@@ -5,13 +5,13 @@ one registry per app.
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,6 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modulation.evaluation.judges import REFUSAL_WINDOW, refuses
@@ -48,19 +49,20 @@ KNOWN: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "request_success": ("stop", "length", "abort", "error"),
         "level_denials": ("invalid", "conflict", "forbidden"),
         "mask_reloads": ("success", "failure"),
-        "admission_rejections": ("overloaded", "rate_limit", "shutting_down"),
+        "admission_rejections": ("overloaded", "connections", "rate_limit", "shutting_down"),
     }
 )
 
 
 class Metrics:
-    """Every metric of one app, as the table says."""
+    """Every metric of one app, as the table says, and the client library's own of the process."""
 
     def __init__(self, engine: Engine) -> None:
         info = engine.describe()
         self._engine: Final = engine
         self.registry: Final = CollectorRegistry()
         self.registry.register(_OfEngine(engine))
+        ProcessCollector(registry=self.registry)
         self._model: Final = info.model_id
         self._prompt_tokens: Final = self._counter("prompt_tokens").labels(self._model)
         self._cached_tokens: Final = self._counter("prompt_tokens_cached").labels(self._model)
@@ -305,11 +307,13 @@ def _cumulated(observed: Distribution) -> list[tuple[str, float]]:
 
 
 class CountRequests:
-    """ASGI middleware that counts and times HTTP requests. The route is its template, never its path."""
+    """ASGI middleware that counts and times HTTP requests. The route is its template, never its path: of
+    what is refused before it reaches `routes`, the one that it would have reached."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -326,5 +330,8 @@ class CountRequests:
         try:
             await self._app(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", UNMATCHED)
-            self._metrics.answered(route, status, time.perf_counter() - begun)
+            self._metrics.answered(self._template(scope), status, time.perf_counter() - begun)
+
+    def _template(self, scope: Scope) -> str:
+        found = (route for route in self._routes if route.matches(scope)[0] is not Match.NONE)
+        return getattr(scope.get("route") or next(found, None), "path", UNMATCHED)

@@ -15,7 +15,7 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 
-from server.connections import Limits, bounded
+from server.connections import Limits, OnRefused, bounded
 from server.draining import Drain
 from server.engines.base import Engine
 from server.errors import SettingsError
@@ -92,9 +92,10 @@ def run(
     *,
     grace_seconds: float = 30,
     limits: Limits = DEFAULT_LIMITS,
+    on_refused: OnRefused = lambda _: None,
 ) -> None:
     """Serve `app` on `listener` until Ctrl-C or SIGTERM, and print `welcome` once it answers. SIGHUP awaits
-    `reload`, one at a time. Connections keep to `limits`.
+    `reload`, one at a time. Connections keep to `limits`; `on_refused` is told of those that are refused.
 
     Raises:
         SystemExit: with code 1, where `end` was called.
@@ -102,7 +103,7 @@ def run(
     end = end or EngineEnd()
     config = uvicorn.Config(
         app,
-        http=bounded(limits),
+        http=bounded(limits, on_refused),
         ws="none",  # there are no websockets here, and uvicorn would hand the connection to another protocol
         log_level=log_level,
         timeout_graceful_shutdown=BACKSTOP_SECONDS,

@@ -107,7 +107,7 @@ class Gate:
 
     @contextmanager
     def counting_rejections(self) -> Iterator[None]:
-        """Count what the block refuses: outside of the route, whose errors are answers already, none is seen."""
+        """Count what the block refuses. To be used inside the route, whose errors leave it as answers."""
         try:
             yield
         except RefusedError as error:

@@ -193,7 +193,10 @@ async def test_what_is_refused_once_its_body_is_read_is_counted_too(
         status = (await client.post("/v1/completions", json={"prompt": "x", **body})).status_code
         counted = {
             each: f'neurontune_admission_rejections_total{{model_name="demo",reason="{each}"}} {number:.1f}'
-            for each, number in (("overloaded", reason == "overloaded"), ("rate_limit", reason == "rate_limit"))
+            for each, number in (
+                ("overloaded", reason == "overloaded"),
+                ("rate_limit", reason == "rate_limit"),
+            )
         }
         seen = (await client.get("/metrics")).text
         assert status == 429 and all(line in seen for line in counted.values()), seen

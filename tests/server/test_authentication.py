@@ -157,7 +157,7 @@ async def test_denials_are_counted(client: httpx.AsyncClient, ask_as: AskAs) -> 
     await client.get("/v1/models")
     await ask_as("plain", safety_level="off")
     text = (await client.get("/metrics", headers=bearer("plain"))).text
-    assert 'neurontune_http_requests_total{route="unmatched",status="401"} 1.0' in text
+    assert 'neurontune_http_requests_total{route="/v1/models",status="401"} 1.0' in text
     assert f'neurontune_http_requests_total{{route="{CHAT}",status="403"}} 1.0' in text
     assert 'neurontune_level_denials_total{model_name="demo",reason="forbidden"} 1.0' in text
 

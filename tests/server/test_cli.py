@@ -107,6 +107,18 @@ def test_serve_prints_what_is_served_and_a_request_that_works() -> None:
         assert process.wait(10) == 0
 
 
+def test_serve_counts_connections_that_it_refuses() -> None:
+    command = [*COMMAND, "serve", "--engine", "fake", "--port", "0", "--max-connections", "1"]
+    with started(command) as (_, printed):
+        url = re.search(r"http://(127\.0\.0\.1):(\d+)", printed)
+        assert url, printed
+        with socket.create_connection((url[1], int(url[2]))) as idle:
+            metrics = httpx.get(f"{url[0]}/metrics").text
+            assert idle.recv(12) == b"HTTP/1.1 429"
+    counted = 'neurontune_admission_rejections_total{model_name="demo",reason="connections"} 1.0'
+    assert counted in metrics
+
+
 def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_nothing(
     tmp_path: Path,
 ) -> None:

@@ -4,17 +4,20 @@ import asyncio
 import resource
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.connections import OTHER_FILES, Limits, allow_files, bounded
+from server.app import create_app
+from server.connections import OTHER_FILES, Limits, OnRefused, allow_files, bounded
 from server.deadlines import within
+from server.engines.fake import FakeEngine
 from server.errors import SettingsError
 from server.hardening import SECURITY_HEADERS
+from server.settings import Settings
 from tests.engines.contract import until
 
 pytestmark = pytest.mark.anyio
@@ -31,12 +34,14 @@ async def hello(scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, limits: Limits) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+async def serving(
+    app: ASGIApp, limits: Limits, on_refused: OnRefused = lambda _: None
+) -> AsyncIterator[tuple[uvicorn.Server, int]]:
     """A server in this loop, with little room in its sockets, and its port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=bounded(limits), lifespan="off", log_level="error")
+        config = uvicorn.Config(app, http=bounded(limits, on_refused), lifespan="off", log_level="error")
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started)
@@ -97,6 +102,25 @@ async def test_where_all_are_being_answered_the_new_one_is_refused() -> None:
             assert refused.status_code == 429 and refused.headers["connection"] == "close"
         go.set()
         assert "200 ok" in await head_of(first)
+        assert len(server.server_state.connections) == 1
+
+
+async def test_each_refused_connection_is_counted() -> None:
+    """Neither the app nor its middleware ever sees one."""
+    app = create_app(Settings(engine="fake"), FakeEngine())
+    counted = app.state.metrics.registry.get_sample_value
+    labels = {"reason": "connections", "model_name": "demo"}
+    async with (
+        serving(app, Limits(1), app.state.metrics.rejected) as (server, port),
+        AsyncExitStack() as held,
+    ):
+        readers = []
+        for number in range(4):
+            reader, _ = await held.enter_async_context(connected(port))
+            readers.append(reader)
+            await until(lambda at=number: counted("neurontune_admission_rejections_total", labels) == at)
+        for reader in readers[:-1]:
+            assert "429 too many" in await head_of(reader)
         assert len(server.server_state.connections) == 1
 
 

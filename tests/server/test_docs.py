@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from modulation.evaluation.judges import REFUSAL_PHRASES, REFUSAL_WINDOW
@@ -77,6 +78,15 @@ def test_metric_labels() -> None:
         assert all(re.search(rf"\b{value}\b", documented[label]) for value in values), name
     assert f"one step in {SAMPLE_EVERY}" in METRICS_PAGE and str(REFUSAL_WINDOW) in METRICS_PAGE
     assert f"{len(REFUSAL_PHRASES)} English phrases" in METRICS_PAGE
+
+
+@pytest.mark.anyio
+async def test_metrics_of_the_process(client: httpx.AsyncClient) -> None:
+    documented = {(name, kind) for name, kind, _ in rows("The process", METRICS_PAGE)}
+    text = (await client.get("/metrics")).text
+    assert documented == set(re.findall(r"^# TYPE (process_\w+) (\w+)$", text, re.MULTILINE))
+    started = re.search(r"^process_start_time_seconds (\S+)$", text, re.MULTILINE)
+    assert started and float(started[1]) == pytest.approx(psutil.Process().create_time(), abs=1)
 
 
 def test_fields() -> None:

@@ -89,6 +89,25 @@ async def test_with_keys_or_for_anyone_names_are_looked_at_only_where_they_are_s
             error_of(answer, 403, "host_not_allowed")
 
 
+async def test_those_who_watch_a_server_that_is_not_private_may_come_under_its_address(
+    tmp_path: Path,
+) -> None:
+    """Probes and Prometheus ask a pod under its IP, which no setting can name before there is the pod."""
+    pod, keys = {"Host": "10.1.2.3:8000"}, key_file(tmp_path / "keys.yaml", ann={})
+    for settings in ({"keys": keys}, {"open_to_anyone": True}, {}):
+        async with client_of(allowed_hosts="public.example", **settings) as client:
+            for path in ("/health", "/ready", "/metrics"):
+                answer = await client.get(path, headers={**pod, **bearer("ann")})
+                if settings:
+                    assert answer.status_code == 200, answer.text
+                else:
+                    error_of(answer, 403, "host_not_allowed")
+            for path in ("/v1/models", "/health/", "/"):
+                error_of(await client.get(path, headers={**pod, **bearer("ann")}), 403, "host_not_allowed")
+    async with client_of(allowed_hosts="public.example", keys=keys) as client:
+        error_of(await client.get("/metrics", headers=pod), 401, "missing_api_key")
+
+
 @pytest.mark.parametrize("value", ["http://a", "a:80", "a b", "a/b", ","])
 def test_what_is_no_name_of_a_host_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match="allowed_hosts"):

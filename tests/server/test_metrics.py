@@ -25,6 +25,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests.engines.contract import until
 from tests.server.conftest import CHAT, Ask, Control, error_of, events
+from tests.server.keying import bearer, key_file
 from tests.tiny_models import random_mask, save_mask, tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -33,15 +34,16 @@ LATENCIES = ("queue", "prefill", "decode", "inference")
 
 
 async def families(client: httpx.AsyncClient) -> dict[str, Metric]:
-    """Every family that is exported, by its name without the prefix; `..._created` left out."""
+    """Every family that is exported, by its name without the prefix; `..._created` and those of the process
+    left out."""
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = list(text_string_to_metric_families(response.text))
-    assert all(family.name.startswith("neurontune_") for family in found)
+    assert all(family.name.startswith(("neurontune_", "process_")) for family in found)
     return {
         family.name.removeprefix("neurontune_"): family
         for family in found
-        if not family.name.endswith("_created")
+        if family.name.startswith("neurontune_") and not family.name.endswith("_created")
     }
 
 
@@ -182,6 +184,33 @@ async def test_http_requests_count_by_route_and_status(ask: Ask, client: httpx.A
     assert timed == {(CHAT,): 4, ("/health",): 1}
 
 
+async def test_what_is_refused_before_its_route_counts_as_it(engine: FakeEngine, tmp_path: Path) -> None:
+    """For want of a key, for its host, and at the end; documentation pages are routes as well."""
+    drain = Drain()
+    keys = key_file(tmp_path / "keys.yaml", ann={})
+    settings = Settings(engine="fake", keys=keys, allowed_hosts="localhost", public_metrics=True)
+    transport = httpx.ASGITransport(create_app(settings, engine, drain))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for i in range(3):
+            error_of(await client.get(f"/v1/models/name-{i}"), 401, "missing_api_key")
+            error_of(await client.get(f"/nowhere/{i}"), 401, "missing_api_key")
+        error_of(await client.post(CHAT, headers={"Host": "evil.example"}), 403, "host_not_allowed")
+        for path in ("/docs", "/openapi.json"):
+            assert (await client.get(path, headers=bearer("ann"))).status_code == 200
+        drain.begin(60)
+        error_of(await client.post(CHAT, headers=bearer("ann")), 503, "shutting_down")
+        seen = await samples(client)
+    counted = {key[1:]: value for key, value in seen.items() if key[0] == "neurontune_http_requests_total"}
+    assert {key: value for key, value in counted.items() if value} == {
+        ("/v1/models/{model_id:path}", "401"): 3,
+        ("unmatched", "401"): 3,
+        (CHAT, "403"): 1,
+        ("/docs", "200"): 1,
+        ("/openapi.json", "200"): 1,
+        (CHAT, "503"): 1,
+    }
+
+
 class Oracle:
     """What must be counted, made from answers as clients read them."""
 
@@ -320,7 +349,7 @@ async def test_a_request_out_of_time_is_counted_as_that_and_as_aborted(
     seen = await samples(client)
     assert seen["neurontune_deadlines_exceeded_total",] == 1
     rejections = {key: value for key, value in seen.items() if "admission_rejections" in key[0]}
-    assert len(rejections) == 3 and not any(rejections.values())
+    assert len(rejections) == 4 and not any(rejections.values())
 
 
 async def test_running_waiting_and_the_mask_are_gauges(settings: Settings, control: Control) -> None:
@@ -370,11 +399,14 @@ async def test_another_mask_is_another_series_and_what_could_not_be_one_is_count
         for _ in range(2):
             with pytest.raises(Exception, match="cannot be put in force"):
                 await swap("none.safetensors")
+        with pytest.raises(Exception, match="is not in the folder"):
+            await swap("../outside.safetensors")
+        await swap("mask.safetensors")  # the same again
         seen = await samples(client)
         shown = {key[1:] for key in seen if key[0] == "neurontune_mask_info"}
         assert shown == {(mask.digest, "contrast+erm")}
-        assert seen["neurontune_mask_reloads_total", "success"] == 1
-        assert seen["neurontune_mask_reloads_total", "failure"] == 2
+        assert seen["neurontune_mask_reloads_total", "success"] == 2
+        assert seen["neurontune_mask_reloads_total", "failure"] == 3
 
 
 async def test_an_engine_that_was_rebuilt_counts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
