@@ -399,11 +399,14 @@ async def test_another_mask_is_another_series_and_what_could_not_be_one_is_count
         for _ in range(2):
             with pytest.raises(Exception, match="cannot be put in force"):
                 await swap("none.safetensors")
+        with pytest.raises(Exception, match="is not in the folder"):
+            await swap("../outside.safetensors")
+        await swap("mask.safetensors")  # the same again
         seen = await samples(client)
         shown = {key[1:] for key in seen if key[0] == "neurontune_mask_info"}
         assert shown == {(mask.digest, "contrast+erm")}
-        assert seen["neurontune_mask_reloads_total", "success"] == 1
-        assert seen["neurontune_mask_reloads_total", "failure"] == 2
+        assert seen["neurontune_mask_reloads_total", "success"] == 2
+        assert seen["neurontune_mask_reloads_total", "failure"] == 3
 
 
 async def test_an_engine_that_was_rebuilt_counts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
