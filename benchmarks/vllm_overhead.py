@@ -3,8 +3,7 @@
 Both run at the same time, each in a process of its own, and are asked in turns in shuffled order, so that
 drift of the machine touches both alike. Answers run to their full length: all sides generate the same number
 of tokens. `stock` and `off` differ by the worker alone, the last two sides by how many thresholds there are.
-The time that its processes were on a processor is taken beside the clock's: where other programs run on the
-same machine, it says more. The last line is JSON.
+The last line is JSON.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 import vllm
 from vllm import SamplingParams
@@ -52,10 +50,10 @@ async def _run(arguments: argparse.Namespace) -> None:
         "kv_cache_memory_bytes": arguments.kv_cache_bytes,
         "disable_log_stats": True,
     }
-    stock = _Measured(AsyncEngineArgs(**flags))
     modulated = AsyncEngineArgs(**flags, worker_cls=WORKER, additional_config={"neurontune": 1})
-    ours = _Measured(modulated)
-    await ours.llm.collective_rpc("neurontune_put_mask", args=(SLOT, arguments.mask.read_bytes()))
+    stock = AsyncLLM.from_engine_args(AsyncEngineArgs(**flags))
+    ours = AsyncLLM.from_engine_args(modulated)
+    await ours.collective_rpc("neurontune_put_mask", args=(SLOT, arguments.mask.read_bytes()))
     maximum = Mask.load(arguments.mask).levels.maximum
     source = random.Random(arguments.seed)
 
@@ -65,7 +63,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         return [[*pair, SLOT] for pair in source.sample(pairs, number)]
 
     few, many = arguments.concurrency, arguments.distinct
-    sides: dict[str, tuple[_Measured, list[list[int]]]] = {
+    sides: dict[str, tuple[AsyncLLM, list[list[int]]]] = {
         "stock": (stock, [[0, 0, 0]] * few),
         "off": (ours, [[0, 0, SLOT]] * few),
         "mixed": (ours, thresholds(few)),
@@ -73,33 +71,15 @@ async def _run(arguments: argparse.Namespace) -> None:
         f"{many} of {many}": (ours, thresholds(many)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-arguments.warmup, arguments.rounds):
         for name in source.sample(list(sides), len(sides)):
-            engine, rows = sides[name]
-            before = engine.processor_seconds()
-            speed = await _round(engine.llm, rows, arguments.tokens, f"{number}-{name}")
+            llm, rows = sides[name]
+            speed = await _round(llm, rows, arguments.tokens, f"{number}-{name}")
             if number >= 0:
                 speeds[name].append(speed)
-                seconds[name].append(engine.processor_seconds() - before)
-    stock.llm.shutdown()
-    ours.llm.shutdown()
-    _report(arguments, speeds, seconds)
-
-
-class _Measured:
-    """A vLLM and its processes."""
-
-    def __init__(self, arguments: AsyncEngineArgs) -> None:
-        this = psutil.Process()
-        others = set(this.children(recursive=True))
-        self.llm = AsyncLLM.from_engine_args(arguments)
-        self._processes = set(this.children(recursive=True)) - others
-
-    def processor_seconds(self) -> float:
-        """How long they have been on a processor."""
-        times = [each.cpu_times() for each in self._processes if each.is_running()]
-        return sum(each.user + each.system for each in times)
+    stock.shutdown()
+    ours.shutdown()
+    _report(arguments, speeds)
 
 
 async def _round(llm: AsyncLLM, rows: Sequence[list[int]], num_tokens: int, name: str) -> float:
@@ -126,13 +106,12 @@ async def _round(llm: AsyncLLM, rows: Sequence[list[int]], num_tokens: int, name
     return sum(counts) / (time.perf_counter() - begun)
 
 
-def _report(
-    arguments: argparse.Namespace, speeds: dict[str, list[float]], seconds: dict[str, list[float]]
-) -> None:
+def _report(arguments: argparse.Namespace, speeds: dict[str, list[float]]) -> None:
     def ratios(name: str, to: str) -> dict[str, float]:
-        """Of throughput, the median over rounds, and of tokens per second on a processor, over all rounds."""
-        clock = statistics.median(a / b for a, b in zip(speeds[name], speeds[to], strict=True))
-        return {"throughput": round(clock, 3), "processor": round(sum(seconds[to]) / sum(seconds[name]), 3)}
+        """Of the rounds, each of which has both sides: the median, and between what half of them lie."""
+        found = [a / b for a, b in zip(speeds[name], speeds[to], strict=True)]
+        low, middle, high = statistics.quantiles(found, n=4)
+        return {"median": round(middle, 3), "from": round(low, 3), "to": round(high, 3)}
 
     many = arguments.distinct
     found = {
