@@ -173,7 +173,7 @@ class RefusedError(Exception):
 class OverloadedError(RefusedError):
     """No place is free for this request, or too many tokens wait already."""
 
-    reason = "overloaded"
+    reason: ClassVar[Literal["overloaded", "connections"]] = "overloaded"
 
 
 class ConnectionsError(OverloadedError):

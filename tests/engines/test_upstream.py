@@ -92,17 +92,18 @@ class TestUpstreamEngine(EngineContract):
         return random_mask(tiny_model(), model_id="another")
 
     async def test_tallies_count_what_ran_and_how_full_it_is(self, closable_engine: Engine) -> None:
-        """The steps are the upstream's, which has metrics of its own."""
-        await collect(closable_engine.generate(self.long_answer))
+        """Steps are the upstream's, and so are their counts."""
+        assert await collect(closable_engine.generate(self.long_answer))
         assert closable_engine.tallies() is None
 
     async def test_a_step_has_as_many_levels_as_the_requests_in_it(self, closable_engine: Engine) -> None:
-        """Also the upstream's."""
+        """Nor is this known here."""
         assert closable_engine.tallies() is None
 
     async def test_queued_seconds_are_known_with_the_first_output_and_stay(self, engine: Engine) -> None:
-        """When a request began, the upstream does not say."""
-        assert {each.queued_seconds for each in await collect(engine.generate(self.long_answer))} == {0.0}
+        """No upstream tells them, so they stay 0."""
+        outputs = await collect(engine.generate(self.long_answer))
+        assert {output.queued_seconds for output in outputs} == {0}
 
     async def test_a_swap_waits_for_nobody_and_what_runs_ends_under_the_mask_it_began_with(
         self, closable_engine: Engine
