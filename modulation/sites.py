@@ -5,7 +5,7 @@ Knows module paths of model families. Knows nothing of masks or of what is done 
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -91,10 +91,18 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _paths(model: PreTrainedModel) -> tuple[str, str]:
-    family = str(model.config.model_type)
+    return find_paths(model.config)
+
+
+def find_paths(config: Any) -> tuple[str, str]:
+    """The path of a model's layers, and within a layer that of the projection, by the model's configuration.
+
+    Raises as `find_sites` does.
+    """
+    family = str(config.model_type)
     supported = f"Supported model families: {', '.join(SUPPORTED_FAMILIES)}."
     for field in _EXPERT_COUNTS:
-        count = getattr(model.config, field, None)
+        count = getattr(config, field, None)
         if isinstance(count, int) and count > 1:
             raise UnsupportedModelError(
                 f"Model family {family!r} is a mixture of experts ({field}={count}); its neurons "

@@ -2,4 +2,5 @@
 
 from server.cli import app
 
-app(prog_name="neurontune")
+if __name__ == "__main__":  # engines start processes of their own, which import this file
+    app(prog_name="neurontune")

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -62,7 +62,11 @@ from server.routes.mask import mask_router
 from server.routes.models import models_router
 from server.routes.tokens import tokens_router
 from server.settings import Settings
+from server.tracing import Traced
 from server.visits import Gate
+
+if TYPE_CHECKING:
+    from server.telemetry import Telemetry
 
 # Enough that a batch never runs dry; the last in line waits for about four answers.
 NUM_WAITING_PER_SEQ: Final = 4
@@ -72,16 +76,21 @@ METRICS: Final = "/metrics"
 GENERATING: Final = ("/v1/chat/completions", "/v1/completions")
 
 
-def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    drain: Drain | None = None,
+    telemetry: "Telemetry | None" = None,
+) -> FastAPI:
     """The application that serves `engine` as `settings` say. Its end closes the engine; before that,
-    nothing new is taken from when `drain` begins.
+    nothing new is taken from when `drain` begins. Spans go to `telemetry`, or where the settings say.
 
     Its `state` has `callers()`, everybody who may come now: a mask that is to be put in force must pass
     `check_callers` with them; and `metrics`, for what is counted before a request reaches it.
 
     Raises:
         SettingsError: the default level is not one that the engine's mask offers, or the key file cannot
-            be used with it, or the audit log cannot be opened.
+            be used with it, or the audit log cannot be opened, or traces cannot be exported.
     """
     try:
         default = engine.describe().levels.parse(settings.default_level)
@@ -99,6 +108,8 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
             if audit is not None and denials is not None:
                 denials.close()
                 await asyncio.to_thread(audit.close)
+            if telemetry is not None:
+                await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(title="NeuronTune Server", lifespan=lifespan, redirect_slashes=False)
     routes = [*app.routes]
@@ -142,6 +153,9 @@ def create_app(settings: Settings, engine: Engine, drain: Drain | None = None) -
         app.add_middleware(
             Audit, log=audit, denials=denials, paths=GENERATING, keeps_prompts=settings.audit_prompts
         )
+    telemetry = telemetry or _telemetry(settings)
+    if telemetry is not None:
+        app.add_middleware(Traced, export=telemetry.export, model=engine.describe().model_id)
     app.add_middleware(CountRequests, metrics=metrics, routes=routes)
     if settings.cors_origins:
         app.add_middleware(
@@ -197,6 +211,19 @@ def _audit_log(settings: Settings, metrics: Metrics) -> AuditLog | None:
     return open_audit_log(
         settings.audit_log, settings.audit_max_bytes, settings.audit_keep, metrics.audit_failed
     )
+
+
+def _telemetry(settings: Settings) -> "Telemetry | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from server.telemetry import to_collector
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"Setting otlp_endpoint: traces need the extra otel, and {error.name} is not installed. Install "
+            "it: pip install 'neurontune[otel]'."
+        ) from error
+    return to_collector(settings.otlp_endpoint)
 
 
 def _mask_swap(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -26,6 +27,7 @@ from modulation.evaluation.robustness_commands import robustness
 from modulation.export.commands import app as export
 from modulation.tuning.commands import tune
 from modulation.tuning.level_commands import levels
+from server.errors import SettingsError
 from server.key_commands import app as keys
 from server.settings import DEMO, Settings, flag, read_key, read_settings, variable
 
@@ -138,29 +140,51 @@ def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = No
     if settings.engine == "upstream":
         return _gateway(settings)
     from server.engines.supervision import leave_it
-    from server.engines.transformers import TransformersEngine
 
-    is_demo = settings.model == DEMO
     if settings.trust_remote_code:
         logging.getLogger(__name__).warning(
             "trust_remote_code is on: Python code of the model %r runs with this server's rights.",
             settings.model,
         )
-    return TransformersEngine(
-        str(MODEL_DIR) if is_demo else settings.model,
-        settings.mask or MASK_FILE,
-        served_model_name=settings.served_model_name,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        kv_cache_tokens=settings.kv_cache_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        prefix_caching=settings.prefix_caching,
-        trust_remote_code=settings.trust_remote_code,
-        allow_less_safe_levels=settings.allow_less_safe_levels,
-        max_failures=settings.max_engine_failures,
-        on_fatal=on_fatal or leave_it,
+    model, mask = str(MODEL_DIR) if settings.model == DEMO else settings.model, settings.mask or MASK_FILE
+    common: dict[str, Any] = {
+        "served_model_name": settings.served_model_name,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "kv_cache_tokens": settings.kv_cache_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "prefix_caching": settings.prefix_caching,
+        "trust_remote_code": settings.trust_remote_code,
+        "allow_less_safe_levels": settings.allow_less_safe_levels,
+        "on_fatal": on_fatal or leave_it,
+    }
+    if settings.engine == "vllm":
+        return _vllm_engine(settings, model, mask, common)
+    from server.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, mask, max_failures=settings.max_engine_failures, **common)
+
+
+def _vllm_engine(settings: Settings, model: str, mask: Path, common: dict[str, Any]) -> "Engine":
+    if find_spec("vllm") is None:
+        raise SettingsError(
+            "The engine 'vllm' needs vLLM, which is not installed: pip install 'neurontune[vllm]' for GPUs, "
+            "make vllm-env for a CPU (docs/scaling.md)."
+        )
+    from server.engines.vllm import VllmEngine
+    from server.engines.vllm_arguments import VllmArguments
+
+    arguments = VllmArguments(
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+        data_parallel_size=settings.data_parallel_size,
+        distributed_executor_backend=settings.distributed_executor_backend,
+        quantization=settings.quantization,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        others=settings.vllm_arg,
     )
+    return VllmEngine(model, mask, arguments=arguments, **common)
 
 
 def _gateway(settings: Settings) -> "Engine":

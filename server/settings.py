@@ -23,6 +23,10 @@ UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
     | {"trust_remote_code", "allow_less_safe_levels"}
 )
+ONLY_VLLM: Final = frozenset(
+    {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
+    | {"quantization", "gpu_memory_utilization", "vllm_arg"}
+)
 UNKNOWN_TO_UPSTREAM: Final = frozenset(
     {
         "model",
@@ -47,6 +51,11 @@ def _listed(given: Any) -> Any:
     return [each.strip() for each in given.split(",")] if isinstance(given, str) else given
 
 
+def _lines(given: Any) -> Any:
+    return [each for each in given.splitlines() if each.strip()] if isinstance(given, str) else given
+
+
+Lines = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_lines)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s,]+)$")]
 Host = Annotated[str, Field(pattern=r"^[^/\s,:\[\]]+$")]
 Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_listed)]
@@ -99,9 +108,12 @@ class Settings(BaseSettings):
     audit_prompts: bool = Field(
         default=False, description="Also write the beginning of prompts to the audit log, redacted."
     )
-    engine: Literal["transformers", "upstream", "fake"] = Field(
+    otlp_endpoint: Url | None = Field(
+        default=None, description="OpenTelemetry collector that gets traces, by OTLP over HTTP."
+    )
+    engine: Literal["transformers", "vllm", "upstream", "fake"] = Field(
         default="transformers",
-        description="What generates; 'upstream': another server; 'fake': nothing, to try the API out.",
+        description="What generates; 'vllm': at scale; 'upstream': another server; 'fake': nothing.",
     )
     upstream: Url | None = Field(
         default=None, description="Address of the server that generates, for --engine upstream."
@@ -148,6 +160,24 @@ class Settings(BaseSettings):
     grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=30, description="Seconds that running requests have to end after SIGTERM."
     )
+    tensor_parallel_size: Count = Field(default=1, description="vLLM: GPUs that share each layer.")
+    pipeline_parallel_size: Count = Field(
+        default=1, description="vLLM: groups of GPUs that share the layers."
+    )
+    data_parallel_size: Count = Field(default=1, description="vLLM: copies of the model that share requests.")
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        default=None,
+        description="vLLM: processes on this machine, or Ray for several. Default: vLLM's choice.",
+    )
+    quantization: str | None = Field(
+        default=None, description="vLLM: how weights are kept, for example fp8. Default: as the model says."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="vLLM: share of each GPU's memory that it may take. Default: vLLM's own."
+    )
+    vllm_arg: Lines = Field(
+        default=(), description="vLLM: any further engine argument, as KEY=VALUE; may be given several times."
+    )
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model. Only for models you trust."
@@ -189,7 +219,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _belong_together(self) -> "Settings":
         if self.engine == "fake":
-            useless = sorted(UNKNOWN_TO_FAKE & self.model_fields_set)
+            useless = sorted((UNKNOWN_TO_FAKE | ONLY_VLLM) & self.model_fields_set)
             if useless:
                 raise ValueError(f"the fake engine has no use for {', '.join(useless)}; leave it out")
         elif self.engine == "upstream":
@@ -205,7 +235,7 @@ class Settings(BaseSettings):
         return self
 
     def _check_upstream(self) -> None:
-        useless = sorted(UNKNOWN_TO_UPSTREAM & self.model_fields_set)
+        useless = sorted((UNKNOWN_TO_UPSTREAM | ONLY_VLLM) & self.model_fields_set)
         if useless:
             raise ValueError(f"the engine 'upstream' has no use for {', '.join(useless)}; leave it out")
         if self.upstream is None or self.mask is None:
@@ -216,6 +246,16 @@ class Settings(BaseSettings):
         levels = [each.partition("=")[0] for each in self.adapter]
         if len(set(levels)) < len(levels):
             raise ValueError("adapter names a level twice")
+
+    @model_validator(mode="after")
+    def _fit_the_engine(self) -> "Settings":
+        if self.engine == "transformers" and (useless := sorted(ONLY_VLLM & self.model_fields_set)):
+            raise ValueError(f"only the vllm engine knows {', '.join(useless)}; leave it out")
+        if self.engine == "vllm" and "max_engine_failures" in self.model_fields_set:
+            raise ValueError(
+                "the vllm engine ends the server at its first failure: leave max_engine_failures out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _guarded(self) -> "Settings":

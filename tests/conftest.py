@@ -1,9 +1,35 @@
-"""What every test of asynchronous code needs."""
+"""What tests everywhere need: the event loop, and which engine clients are tried on."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.vllm.engines import new_engine
+
+if TYPE_CHECKING:
+    from server.engines.vllm import VllmEngine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="What the clients of tests/clients talk to.",
+    )
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """The one event loop that the server runs on."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def vllm_engine() -> Iterator["VllmEngine"]:
+    """The demo model on vLLM, for all tests that leave it as it was."""
+    engine = new_engine()
+    yield engine
+    asyncio.run(engine.close())

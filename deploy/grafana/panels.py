@@ -144,10 +144,12 @@ def choice(name: str, label: str, about: str, values: dict[str, str], chosen: st
 def _choices(present: str) -> Iterator[Any]:
     """Where the metrics come from, and whose are shown."""
     yield DatasourceVariable("datasource").label("Data source").type("prometheus")
-    chosen = 'job=~"$job",model_name=~"$model_name"'
+    within = 'job=~"$job",namespace=~"$namespace"'
+    chosen = f'{within},model_name=~"$model_name"'
     for name, label, query in (
         ("job", "Job", f"label_values({present}, job)"),
-        ("model_name", "Model", f'label_values({present}{{job=~"$job"}}, model_name)'),
+        ("namespace", "Namespace", f'label_values({present}{{job=~"$job"}}, namespace)'),
+        ("model_name", "Model", f"label_values({present}{{{within}}}, model_name)"),
         ("instance", "Server", f"label_values({present}{{{chosen}}}, instance)"),
     ):
         variable = QueryVariable(name).label(label).query(query).datasource(DATASOURCE).multi(True)

@@ -29,7 +29,9 @@ def rows(series: Series) -> dict[str, Sequence[Panel]]:
 def _tiles(series: Series) -> Sequence[Panel]:
     requests = series.rate("requests")
     default = series.rate("requests", 'level_asked="default"')
-    masks = f"count(count by (digest) ({series.gauge('mask_info')}))"
+    apart = "job, namespace, model_name"
+    masks = f"count by ({apart}, digest) ({series.gauge('mask_info')})"
+    masks = f"max(count by ({apart}) ({masks}))"
     failed = series.increase("mask_reloads", 'result="failure"')
     return (
         tile("Requests", "reqps", requests, "Requests that got a level, per second."),
@@ -39,8 +41,8 @@ def _tiles(series: Series) -> Sequence[Panel]:
         tile(
             "Refused",
             "percentunit",
-            series.share(series.rate("refusals"), requests),
-            "Answers that begin like a refusal, per request.",
+            series.share(series.rate("refusals"), series.rate("answers")),
+            "Share of the completed answers that begin like a refusal.",
         ),
         tile(
             "Denied",
@@ -53,7 +55,7 @@ def _tiles(series: Series) -> Sequence[Panel]:
             "Masks in force",
             "short",
             masks,
-            "Different masks in force at once. With two, a level means two things.",
+            "Different masks in force at once, of one model at most. With two, a level means two things.",
             steps=[(2, "red")],
         ),
         tile(
@@ -111,14 +113,14 @@ def _levels(series: Series) -> Sequence[Panel]:
 
 
 def _refusals(series: Series) -> Sequence[Panel]:
-    refused, asked = (series.rate(name, by=("level_applied",)) for name in ("refusals", "requests"))
-    hourly = series.recorded("job_level:neurontune_refusals:ratio_increase1h")
+    refused, answers = (series.rate(name, by=("level_applied",)) for name in ("refusals", "answers"))
+    hourly = series.recorded("namespace_model_level:neurontune_refusals:ratio_increase1h")
     return (
         lines(
             "Refusal rate by level",
             "percentunit",
-            "Answers that begin like a refusal, per request at the level; each of several choices counts.",
-            Query(series.share(refused, asked), "{{level_applied}}"),
+            "Completed answers that begin like a refusal; each of several choices is an answer.",
+            Query(series.share(refused, answers), "{{level_applied}}"),
         ),
         lines(
             "Refusal rate, now and a day before",
@@ -150,13 +152,16 @@ def _mask(series: Series) -> Sequence[Panel]:
             "Servers by mask",
             "short",
             "How many servers have each mask in force. It was changed where one line ends, one begins.",
-            Query(f"count by (model_name, digest) ({info})", "{{model_name}} {{digest}}"),
+            Query(
+                f"count by (namespace, model_name, digest) ({info})",
+                "{{namespace}} {{model_name}} {{digest}}",
+            ),
             width=12,
         ),
         lines(
-            "Reloads of the mask",
+            "Mask changes",
             "short",
-            "Masks put in force (`success`) and refused (`failure`), in each step.",
+            "Masks put in force (`success`, the same one again too) and refused (`failure`), in each step.",
             Query(series.increase("mask_reloads", by=("result",), window=RATE), "{{result}}"),
             width=12,
         ),
@@ -191,6 +196,8 @@ def _modulation(series: Series) -> Sequence[Panel]:
 
 
 def _audit(series: Series) -> Sequence[Panel]:
+    forbidden = series.rate("http_requests", 'status="403"')
+    below = series.rate("level_denials", 'reason="forbidden"')
     return (
         lines(
             "Audit lines lost",
@@ -202,11 +209,10 @@ def _audit(series: Series) -> Sequence[Panel]:
         lines(
             "Failed authentication",
             "reqps",
-            "Requests per second without a valid key (401), or that a key may not make (403).",
-            Query(
-                series.rate("http_requests", 'status=~"401|403"', by=("route", "status")),
-                "{{status}} {{route}}",
-            ),
+            "Requests per second without a valid key (401), or not allowed to a key, host or origin (403). "
+            "Those below the key's floor are 403 too, and are not counted here: see denials.",
+            Query(series.rate("http_requests", 'status="401"', by=("route",)), "401 {{route}}"),
+            Query(f"clamp_min({forbidden} - {below}, 0)", "403"),
             width=12,
         ),
     )

@@ -11,7 +11,8 @@ from server.metric_table import MetricRow
 
 RATE: Final = "$__rate_interval"
 RANGE: Final = "$__range"
-TARGETS: Final = ("job", "instance")  # Prometheus puts these on everything that it scrapes
+# On everything that is scraped; outside Kubernetes without a namespace.
+TARGETS: Final = ("job", "namespace", "instance")
 
 
 class Series:
@@ -70,11 +71,12 @@ class Series:
         """The series that a recording rule makes."""
         if name not in self._recorded:
             raise ValueError(f"No rule records {name}; recorded are {', '.join(sorted(self._recorded))}.")
-        return f'{name}{{job=~"$job"}}'
+        kept = "" if name.startswith("namespace:") else ',model_name=~"$model_name"'
+        return f'{name}{{job=~"$job",namespace=~"$namespace"{kept}}}'
 
     def up(self, value: int) -> str:
         """Prometheus' own: whom it can reach (1), or cannot (0)."""
-        return f'up{{job=~"$job",instance=~"$instance"}} == {value}'
+        return f'up{{job=~"$job",namespace=~"$namespace",instance=~"$instance"}} == {value}'
 
     def _row(self, name: str, kind: str) -> MetricRow:
         row = self._table.get(name)

@@ -8,7 +8,7 @@ from typing import Final
 
 from deploy.grafana.panels import Panel, Query, grid, heat, lines, tile
 from deploy.grafana.series import RATE, Series
-from deploy.grafana.slo import ANSWERS, ERRORS
+from deploy.grafana.slo import ANSWERS, failing
 
 UID: Final = "neurontune-serving"
 TITLE: Final = "NeuronTune: serving"
@@ -52,7 +52,7 @@ def rows(series: Series) -> dict[str, Sequence[Panel]]:
 
 
 def _tiles(series: Series) -> Sequence[Panel]:
-    asked, failed = series.rate("http_requests", ANSWERS), series.rate("http_requests", ANSWERS, ERRORS)
+    asked = series.rate("http_requests", ANSWERS)
     hits, queries = series.rate("prefix_cache_hits"), series.rate("prefix_cache_queries")
     within = "Share of the last step's observations within the target that is chosen above."
     return (
@@ -62,8 +62,8 @@ def _tiles(series: Series) -> Sequence[Panel]:
         tile(
             "Errors",
             "percentunit",
-            series.share(failed, asked),
-            "Of requests for answers, those answered with a 5xx.",
+            failing(series),
+            "Of requests for answers, those that got a 5xx, ran out of time or broke off.",
             steps=[(0.01, "yellow"), (0.05, "red")],
         ),
         *(

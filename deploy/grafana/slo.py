@@ -40,10 +40,13 @@ def rows(series: Series) -> dict[str, Sequence[Panel]]:
         )
         for name, (title, metric, _) in TARGETS.items()
     }
-    kept = {window: _kept(series, window) for window in (RATE, RANGE, *WINDOWS)}
+    kept = {window: f"1 - {failing(series, window)}" for window in (RATE, RANGE, *WINDOWS)}
     return found | {
         "Availability": _row(
-            kept, "$availability_objective", "Availability", "Requests for answers that got no 5xx."
+            kept,
+            "$availability_objective",
+            "Availability",
+            "Requests for answers that got no 5xx, had time enough, and did not break off.",
         )
     }
 
@@ -67,11 +70,21 @@ def objectives() -> Iterator[Any]:
         yield choice(f"{name}_objective", f"{name.capitalize()} objective", about, values, f"{OBJECTIVE:g}")
 
 
-def _kept(series: Series, window: str) -> str:
-    failed, asked = (
-        series.rate("http_requests", *matchers, window=window) for matchers in ((ANSWERS, ERRORS), (ANSWERS,))
+def failing(series: Series, window: str = RATE) -> str:
+    """The share of failures: 5xx and out of time, of the requests for answers; or broken off, of the answers.
+
+    The greater of the two: a stream's failure shows in the second alone, one before its beginning in both.
+    """
+    asked = series.rate("http_requests", ANSWERS, window=window)
+    parts = (
+        series.rate("http_requests", ANSWERS, ERRORS, window=window),
+        series.rate("deadlines_exceeded", window=window),
     )
-    return f"1 - {series.share(failed, asked)}"
+    failed = " + ".join(f"({part} or 0 * {asked})" for part in parts)
+    failed = f"({failed}) / ({asked} > 0)"
+    broken = series.rate("request_success", 'finished_reason="error"', window=window)
+    broken = series.share(broken, series.rate("request_success", window=window))
+    return f"clamp_max({failed} >= {broken} or {broken} or {failed}, 1)"
 
 
 def _row(kept: Mapping[str, str], objective: str, title: str, about: str) -> Sequence[Panel]:

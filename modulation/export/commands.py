@@ -83,7 +83,7 @@ def lora(
         _write_adapter(source, loaded, each, folder, model_id(model), kept_as, padded)
         for each, folder in zip(levels, folders, strict=True)
     ]
-    typer.echo(f"\nWith vLLM:\n  {_vllm_command(model, folders, max(ranks))}")
+    typer.echo(f"\nWith vLLM:\n  {_vllm_command(model, base, folders, max(ranks))}")
 
 
 @app.command()
@@ -200,15 +200,16 @@ def _described(level: SafetyLevel) -> str:
     return f"{level.name} ({level.threshold.num_safety}, {level.threshold.num_utility})"
 
 
-def _vllm_command(model: str, folders: Sequence[Path], rank: int) -> str:
+def _vllm_command(model: str, base: str, folders: Sequence[Path], rank: int) -> str:
     from modulation.demo import MODEL_DIR
     from modulation.export.lora import VLLM_RANKS, padded_rank
 
     if rank > VLLM_RANKS[-1]:
         return f"not possible, its ranks end at {VLLM_RANKS[-1]}: take neurontune export checkpoint."
     modules = " ".join(f"{folder.name}={folder}" for folder in folders)
+    # One more than there are: on CPUs vLLM 0.32 gives requests without an adapter what is in the last place.
     served = MODEL_DIR if model == DEMO else model
     return (
-        f"vllm serve {served} --enable-lora --max-lora-rank {padded_rank(rank)} --max-loras {len(folders)} "
-        f"--lora-modules {modules}"
+        f"vllm serve {served} --served-model-name {base} --enable-lora "
+        f"--max-lora-rank {padded_rank(rank)} --max-loras {len(folders) + 1} --lora-modules {modules}"
     )

@@ -199,7 +199,7 @@ class Output:
     number gives -1 for it, also in `logprobs`. `num_cached_tokens` of the prompt's
     were computed before, for another request. `logprobs` has one entry per new token if asked for;
     `prompt_logprobs` comes with the first output, one entry per token of the prompt. `queued_seconds` passed
-    from the first `anext` until the request's first step began, tokenising included.
+    from the first `anext` until the request's first step began, tokenising included; 0: not known.
     """
 
     text: str

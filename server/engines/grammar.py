@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from server.engines.base import Grammar, GrammarError, UnsupportedByEngineError
+from server.engines.base import Candidate, Grammar, GrammarError, UnsupportedByEngineError
 
 # As json.dumps writes it, which is what models have read most of; no free white space, in which a small
 # model loses itself.
@@ -45,6 +45,15 @@ class Grammars:
         found: bytes = self._tokenizer.decode_bytes([token_id])
         return found
 
+    def candidate(self, token_id: int, logprob: float | None) -> Candidate:
+        """A token at a place, spelled."""
+        spelling = self.spelling(token_id)
+        try:
+            text = spelling.decode()
+        except UnicodeDecodeError:  # part of a character; as OpenAI writes it
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+        return Candidate(token_id, text, spelling, logprob)
+
     def matcher(self, grammar: Grammar) -> "GrammarMatcher":
         """A matcher at the grammar's beginning.
 
@@ -59,8 +68,7 @@ class Grammars:
         compiled = grammar.text
         try:
             if grammar.kind == "json_schema":
-                schema = json.dumps(json.loads(grammar.text) | JSON_STYLE)
-                compiled = llguidance.LLMatcher.grammar_from_json_schema(schema)
+                compiled = llguidance.LLMatcher.grammar_from_json_schema(styled(grammar.text))
             else:
                 compiled = llguidance.LLMatcher.grammar_from_lark(grammar.text)
         except ValueError as error:
@@ -97,6 +105,11 @@ class GrammarMatcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(f"the grammar could not be followed: {_first_line(self._matcher.get_error())}")
+
+
+def styled(schema: str) -> str:
+    """A JSON schema that also says how its JSON is written."""
+    return json.dumps(json.loads(schema) | JSON_STYLE)
 
 
 def _refused(grammar: Grammar, error: object) -> GrammarError:

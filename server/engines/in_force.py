@@ -37,6 +37,10 @@ class InForce(Generic[T]):
         self._before = self.current
         self._known = {digest: self.current}
 
+    def values(self) -> list[T]:
+        """All that are known."""
+        return [each.value for each in self._known.values()]
+
     def find(self, digest: str) -> Known[T] | None:
         """The thing of this digest, if it is still known."""
         return self._known.get(digest)

@@ -14,11 +14,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -29,7 +28,6 @@ from modulation.masks import Mask
 from modulation.profiles import profile_of
 from modulation.recorded import refuse_less_safe
 from server.engines.base import (
-    Candidate,
     Chat,
     EngineHealth,
     EngineInfo,
@@ -41,15 +39,15 @@ from server.engines.base import (
     Output,
     ParsedAnswer,
     Prompt,
-    PromptError,
-    PromptTooLongError,
     Sampling,
     Tallies,
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
+from server.engines.limits import refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
+from server.engines.preparing import Preparers
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
@@ -61,8 +59,6 @@ from server.engines.text import ChatText
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
 _GREEDY_BELOW: Final = 1e-5
-_NUM_PREPARERS: Final = 2
-T = TypeVar("T")
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
@@ -170,8 +166,7 @@ class TransformersEngine:
         )
         self._tally = Tally()
         self._numbers = itertools.count()
-        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prompts")
-        self._encoding: dict[int, tuple[Prompt, asyncio.Future[list[int]]]] = {}
+        self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_closed)
         self._open: dict[str, tuple[LevelManager, _Arriving]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._batching: dict[str, Any] = {
@@ -232,13 +227,13 @@ class TransformersEngine:
         return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await self._preparing(self._text.encode, prompt))
+        return tuple(await self._preparers.encoded(prompt))
 
     async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await self._preparing(self._text.decode, token_ids)
+        return await self._preparers.run(self._text.decode, token_ids)
 
     async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await self._preparing(self._text.spell, token_ids))
+        return tuple(await self._preparers.run(self._text.spell, token_ids))
 
     def parse(self, text: str, chat: Chat) -> ParsedAnswer:
         return self._text.parse(text, chat)
@@ -254,10 +249,10 @@ class TransformersEngine:
         asked = time.perf_counter()
         self._refuse_if_not_ready()
         with self._masks.held(request.mask_digest) as mask:
-            prompt = await self._encoded(request.prompt)
-            limit = self._token_limit(len(prompt), request.max_tokens)
+            prompt = await self._preparers.encoded(request.prompt)
+            limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
             # Off the event loop, like tokenising: a large schema takes seconds to compile.
-            row = await self._preparing(self._row, request, prompt) if request.grammar else None
+            row = await self._preparers.run(self._row, request, prompt) if request.grammar else None
             row = row or self._row(request, prompt)
             self._refuse_if_not_ready()
             shares = row.num_prompt_logprobs is None
@@ -322,29 +317,8 @@ class TransformersEngine:
             del self._open[name]
             manager.forget(name)
 
-    async def _encoded(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens, computed once for all requests that ask for this same object at the same time:
-        the choices of one answer. Off the event loop: a prompt of megabytes takes seconds."""
-        if id(prompt) not in self._encoding:
-            # Holding the prompt keeps its id its own.
-            encoding = asyncio.ensure_future(self._preparing(self._text.encode, prompt))
-            self._encoding[id(prompt)] = prompt, encoding
-            encoding.add_done_callback(lambda _: self._encoding.pop(id(prompt)))
-        return await asyncio.shield(self._encoding[id(prompt)][1])
-
-    async def _preparing(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run `work` in a thread of those that are kept for prompts: they cannot hold up anything else."""
-        if self._supervisor.is_closed:
-            raise self._unavailable()
-        return await asyncio.get_running_loop().run_in_executor(self._preparers, work, *arguments)
-
     def _row(self, request: GenerateRequest, prompt: list[int]) -> Row:
-        for token, _ in request.sampling.logit_bias:
-            if token >= self._vocabulary:
-                raise PromptError(
-                    f"logit_bias: {token} is no token of this model; accepted: 0 to {self._vocabulary - 1}.",
-                    "logit_bias",
-                )
+        refuse_unknown_bias(request.sampling, self._vocabulary)
         return Row(
             prompt,
             request.sampling,
@@ -360,26 +334,18 @@ class TransformersEngine:
             known["logprobs"] = tuple(map(self._spelled, row.logprobs[begin : begin + number]))
         if row.num_prompt_logprobs is not None and begin == 0:
             places = [row.prompt_logprobs[place] for place in range(1, len(row.prompt))]
-            first = TokenLogprob(self._candidate(row.prompt[0], None), ())
+            first = TokenLogprob(self._grammars.candidate(row.prompt[0], None), ())
             known["prompt_logprobs"] = (first, *map(self._spelled, places))
         return known
 
     def _spelled(self, place: PlaceLogprobs) -> TokenLogprob:
         return TokenLogprob(
-            self._candidate(place.token_id, place.logprob),
-            tuple(self._candidate(token, logprob) for token, logprob in place.top),
+            self._grammars.candidate(place.token_id, place.logprob),
+            tuple(self._grammars.candidate(token, logprob) for token, logprob in place.top),
         )
 
-    def _candidate(self, token_id: int, logprob: float | None) -> Candidate:
-        spelling = self._grammars.spelling(token_id)
-        try:
-            text = spelling.decode()
-        except UnicodeDecodeError:  # part of a character; as OpenAI writes it
-            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-        return Candidate(token_id, text, spelling, logprob)
-
     async def close(self) -> None:
-        self._preparers.shutdown(wait=False)
+        self._preparers.close()
         await asyncio.to_thread(self._hooks.close)
 
     def _new_manager(self) -> LevelManager:
@@ -446,21 +412,6 @@ class TransformersEngine:
                 return output
         return None
 
-    def _token_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self._info.max_model_len - num_prompt_tokens
-        if room < 1:
-            raise PromptTooLongError(
-                f"The prompt is {num_prompt_tokens} tokens long; with at least one token of answer it "
-                f"must fit the context of {self._info.max_model_len}. Shorten the messages."
-            )
-        if max_tokens is not None and max_tokens > room:
-            raise PromptTooLongError(
-                f"The prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} together exceed "
-                f"the context of {self._info.max_model_len}. Lower max_tokens to {room} or less, or "
-                "leave it out."
-            )
-        return room if max_tokens is None else max_tokens
-
     def _arguments(self, request: GenerateRequest, row: Row, mask: RequestMask) -> RowArguments:
         sampling = request.sampling
         greedy = sampling.temperature < _GREEDY_BELOW
@@ -500,6 +451,10 @@ class TransformersEngine:
     def _why_not_ready(self) -> str | None:
         serves = self._manager.is_serving
         return self._supervisor.reason or (None if serves else "the engine has stopped")
+
+    def _refuse_if_closed(self) -> None:
+        if self._supervisor.is_closed:
+            raise self._unavailable()
 
     def _refuse_if_not_ready(self) -> None:
         if self._why_not_ready() is not None:

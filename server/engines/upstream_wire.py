@@ -36,7 +36,7 @@ TOOL_CHOICE: Final = "tool_choice"
 UNKNOWN_TOKEN: Final = -1
 
 _GREEDY_BELOW: Final = 1e-5
-_TOO_LONG: Final = re.compile(r"context[ _]length|maximum.{0,20}length|context window", re.IGNORECASE)
+_TOO_LONG: Final = re.compile(r"context[ _]length|maximum.{0,20}length|max_model_len|context window", re.I)
 _ENDS: Final[Mapping[str, FinishReason]] = {"stop": "stop", "tool_calls": "stop", "length": "length"}
 _MAX_SHOWN: Final = 500
 
@@ -73,7 +73,7 @@ def body_of(request: GenerateRequest, model: str) -> tuple[str, dict[str, Any]]:
     if isinstance(request.prompt, Chat):
         if request.num_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": request.num_logprobs}
-        return CHAT, body | chat_fields(request.prompt)
+        return CHAT, body | chat_fields(request.prompt, strict=TOOL_CHOICE in body)
     if request.num_prompt_logprobs is not None:
         scored = {"echo": True, "logprobs": request.num_prompt_logprobs, "stream": False}
         body = {name: value for name, value in body.items() if name != "stream_options"} | scored
@@ -98,13 +98,15 @@ def _shaped(request: GenerateRequest) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def chat_fields(chat: Chat) -> dict[str, Any]:
-    """A conversation's fields, the same for an answer and for its tokens. Raises PromptError."""
+def chat_fields(chat: Chat, *, strict: bool = False) -> dict[str, Any]:
+    """A conversation's fields. `strict`: arguments must fit their schemas, which vLLM holds to only if every
+    tool says so. Raises PromptError."""
     if not chat.messages:
         raise PromptError("The conversation has no messages.")
     fields: dict[str, Any] = {"messages": [_message(each) for each in chat.messages]}
     if chat.tools:
-        fields["tools"] = list(chat.tools)
+        more = {"strict": True} if strict else {}
+        fields["tools"] = [{**tool, "function": {**tool["function"], **more}} for tool in chat.tools]
     if chat.template_arguments:
         fields["chat_template_kwargs"] = dict(chat.template_arguments)
     return fields
@@ -170,8 +172,7 @@ class Reading:
         """
         chunk = as_object(data)
         if (error := chunk.get("error")) is not None:
-            told = error.get("message") if isinstance(error, dict) else error
-            raise GenerationError(f"The upstream could not go on with this answer: {_shortened(str(told))}")
+            raise self._failure(data, error)
         if chunk.get("model", self.model) != self.model:
             raise GenerationError(
                 f"The upstream answered with the model {chunk['model']!r} where {self.model!r} was asked: "
@@ -181,6 +182,13 @@ class Reading:
             yield from self._pushed(chunk)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise GenerationError(f"The upstream's answer cannot be read ({error!r}).") from error
+
+    def _failure(self, data: bytes, error: Any) -> EngineError:
+        """What an error amid events means. vLLM refuses some requests after it has begun to answer them."""
+        code, told = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, error)
+        if isinstance(code, int) and 400 <= code < 500 and not self._num_said:
+            return error_for(code, data, None)
+        return GenerationError(f"The upstream could not go on with this answer: {_shortened(str(told))}")
 
     def _pushed(self, chunk: Mapping[str, Any]) -> Iterator[Output]:
         usage = chunk.get("usage") or {}
@@ -300,12 +308,24 @@ def write_calls(marker: str, calls: Sequence[Sequence[str]]) -> str:
 
 
 def read_calls(marker: str, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """An answer's content and its calls; none where a stop text has cut into them."""
+    """An answer's content and its calls. One whose arguments are no object, cut short for example, stays
+    text; none are left where a stop text has cut into them."""
     content, _, written = text.partition(marker)
     try:
-        return content, tuple(ToolCall(*each) for each in json.loads(written or "[]"))
+        found = json.loads(written or "[]")
     except ValueError:
         return content, ()
+    for name, arguments in found:
+        if not _is_object(arguments):
+            content += f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'
+    return content, tuple(ToolCall(*each) for each in found if _is_object(each[1]))
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def as_object(data: bytes) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from server.request_ids import REQUEST_ID_HEADER
 from server.schemas import AnswerRequest
 from server.stops import until_stop
 from server.streaming import EventStream, unless_disconnected
+from server.tracing import Trace, trace_of
 from server.visits import Gate, visit_of
 
 LEVEL_HEADER: Final = "X-Safety-Level"
@@ -50,6 +51,8 @@ class Asking:
 
     def granted(self, request: Request, body: AnswerRequest, info: EngineInfo) -> SafetyLevel:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
+        if (trace := trace_of(request.scope)) is not None:
+            trace.read(body)
         asked, entry = _asked_levels(request, body, self.model, info), entry_of(request.scope)
         entry.asked([one.value for one in asked])
         try:
@@ -100,20 +103,30 @@ class Asking:
     ) -> list[AsyncGenerator[Output, None]]:
         """What is wanted, once there is a place for all of it."""
         visit, longest = visit_of(request.scope), self.engine.describe().max_model_len
+        trace = trace_of(request.scope)
         num_tokens = [estimated_tokens(each.prompt, longest) for each in wanted]
         await visit.take(num_tokens, body.num_choices)
         return [
             visit.counted(
-                self._outputs(each, body.stop or (), arrived, label),
+                self._outputs(number, each, body.stop or (), arrived, label, trace),
                 num_tokens[number],
                 is_charged_prompt=number % body.num_choices == 0,
             )
             for number, each in enumerate(wanted)
         ]
 
-    def _outputs(self, request: GenerateRequest, stops: Sequence[str], arrived: float, label: str) -> Any:
+    def _outputs(
+        self,
+        number: int,
+        request: GenerateRequest,
+        stops: Sequence[str],
+        arrived: float,
+        label: str,
+        trace: Trace | None,
+    ) -> Any:
         outputs = self.engine.generate(request)
-        return self.metrics.measured(until_stop(outputs, stops) if stops else outputs, arrived, label)
+        measured = self.metrics.measured(until_stop(outputs, stops) if stops else outputs, arrived, label)
+        return measured if trace is None else trace.observed(measured, number)
 
 
 def clock() -> float:

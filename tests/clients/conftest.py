@@ -48,9 +48,12 @@ def serving(engine: Engine, **settings: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the server listens, without `/v1`."""
-    engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
+    if request.config.getoption("--engine") == "vllm":
+        engine: Engine = request.getfixturevalue("vllm_engine")
+    else:
+        engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     with serving(engine) as found:
         yield found
         _collect()  # the engine's end collects garbage too

@@ -17,7 +17,7 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULE_FILES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 DASHBOARD_FILES = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-BY_PROMETHEUS = {"job", "instance"}
+BY_PROMETHEUS = {"job", "namespace", "instance"}
 
 
 @dataclass
@@ -55,11 +55,12 @@ def filled(expr: str, values: Mapping[str, str]) -> str:
 
 def exported() -> dict[str, set[str]]:
     """Every series name that the server exports, and its labels, as Prometheus keeps them."""
-    return {
+    of_table = {
         row.name + suffix: {*row.labels, *BY_PROMETHEUS, *(("le",) if suffix == "_bucket" else ())}
         for row in TABLE.values()
         for suffix in SUFFIXES[row.kind]
     }
+    return of_table | {"process_start_time_seconds": BY_PROMETHEUS}  # the client library's
 
 
 def rules(kind: str) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def test_what_is_chosen_above_narrows_every_series_that_has_such_a_label(path: P
         for target in panel["targets"]:
             for selector in asked(filled(target["expr"], values_of(path))).selectors:
                 if selector.name in exported():
-                    chosen = {"job", "instance", "model_name"} & exported()[selector.name]
+                    chosen = {"job", "namespace", "instance", "model_name"} & exported()[selector.name]
                     assert chosen <= {each.name for each in selector.matchers.matchers}, panel["title"]
 
 
@@ -122,7 +122,7 @@ def test_what_is_chosen_above_narrows_every_series_that_has_such_a_label(path: P
 def test_every_dashboard_has_the_same_choices_refreshes_and_leads_to_the_others(path: Path) -> None:
     found = read(path)
     names = [variable["name"] for variable in found["templating"]["list"]]
-    assert names[:4] == ["datasource", "job", "model_name", "instance"]
+    assert names[:5] == ["datasource", "job", "namespace", "model_name", "instance"]
     assert found["refresh"] == "30s" and found["tags"] == ["neurontune"]
     (link,) = found["links"]
     assert link["type"] == "dashboards" and link["tags"] == ["neurontune"]
@@ -159,7 +159,7 @@ def test_a_panel_of_a_label_or_a_recorded_series_that_is_not_there_stops_the_gen
     with pytest.raises(ValueError, match="is a gauge, not a counter"):
         series.rate("engine_ready")
     with pytest.raises(ValueError, match="No rule records"):
-        series.recorded("job:neurontune_nothing:rate5m")
+        series.recorded("namespace:neurontune_nothing:rate5m")
 
 
 def test_panels_that_leave_a_gap_stop_the_generator() -> None:
@@ -183,5 +183,5 @@ def values_of(path: Path) -> dict[str, str]:
     """A value for each variable that the expressions of a dashboard may use."""
     found = {one["name"]: one for one in read(path)["templating"]["list"] if one["type"] == "custom"}
     chosen = {name: one["current"]["value"] for name, one in found.items()}
-    everything = {"job": "neurontune", "model_name": ".*", "instance": ".*"}
+    everything = {"job": "neurontune", "namespace": ".*", "model_name": ".*", "instance": ".*"}
     return chosen | everything | {"__rate_interval": "1m", "__range": "1h"}

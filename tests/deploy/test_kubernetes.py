@@ -18,6 +18,7 @@ from cloudcoil.models.prometheus_operator import v1 as operator
 
 from server.app import create_app
 from server.engines.fake import FakeEngine
+from server.metric_table import TABLE
 from server.process import BACKSTOP_SECONDS
 from server.settings import Settings
 from tests.deploy.tools import ROOT, UID, assigned, output, resolved, stages, tool
@@ -248,13 +249,31 @@ def test_the_autoscaler_alone_says_how_many(built: dict[str, list[Manifest]]) ->
     (scaler,) = of_kind(built["monitored"], "HorizontalPodAutoscaler")
     assert "replicas" not in deployment["spec"]
     assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
-    (metric,) = scaler["spec"]["metrics"]
-    (rule,) = yaml.safe_load((PLACE / "components/autoscaling/prometheus-adapter.yaml").read_text())["rules"][
-        "custom"
-    ]
-    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
-    assert rule["seriesQuery"].split("{")[0] == rule["name"]["as"]
-    assert re.fullmatch(rule["name"]["matches"], rule["name"]["as"])
+
+
+def test_the_autoscaler_asks_for_gauges_of_ours_that_the_adapter_offers(
+    built: dict[str, list[Manifest]],
+) -> None:
+    (scaler,) = of_kind(built["monitored"], "HorizontalPodAutoscaler")
+    adapter = yaml.safe_load((PLACE / "components/autoscaling/prometheus-adapter.yaml").read_text())
+    offered = {rule["name"]["as"]: rule for rule in adapter["rules"]["custom"]}
+    targets = {
+        metric["pods"]["metric"]["name"]: float(metric["pods"]["target"]["averageValue"])
+        for metric in scaler["spec"]["metrics"]
+    }
+    assert set(targets) == set(offered)
+    for name, rule in offered.items():
+        assert TABLE[name.removeprefix("neurontune_")].kind == "gauge"
+        assert rule["seriesQuery"].split("{")[0] == name
+        assert re.fullmatch(rule["name"]["matches"], name)
+    # Of the places that a pod has with the settings here, a fifth is left.
+    most = resolved_places(settings_of(built["monitored"]))
+    assert 0.75 * most < targets["neurontune_num_requests_running"] < 0.85 * most
+
+
+def resolved_places(settings: dict[str, str]) -> int:
+    """How many requests a pod runs at once."""
+    return int(settings.get("NEURONTUNE_MAX_NUM_SEQS", Settings.model_fields["max_num_seqs"].default))
 
 
 def test_a_model_is_split_into_as_many_parts_as_a_pod_has_gpus(built: dict[str, list[Manifest]]) -> None:

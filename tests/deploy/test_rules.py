@@ -94,8 +94,21 @@ def test_what_the_alerts_hold_the_server_to_is_a_bucket_boundary_and_chosen_firs
         assert float(value) in TABLE[metric].buckets and float(value) == shown[metric]
 
 
-def test_the_alert_manager_knows_the_names_that_its_rules_need() -> None:
-    names = {rule["alert"] for rule in rules("alert")}
+def named(matchers: list[str]) -> set[str]:
+    """The alerts that matchers of Alertmanager name."""
+    found = [re.fullmatch(r'alertname=~?"(.*)"', one) for one in matchers]
+    return {name for each in found if each for name in each[1].split("|")}
+
+
+def test_the_alert_manager_silences_what_one_server_rings_for_by_names_that_exist() -> None:
+    """An inhibition whose `equal` both sides lack holds between all of them: every alert about one job would
+    silence all others that have no instance."""
+    exprs = {rule["alert"]: rule["expr"] for rule in rules("alert")}
     config = yaml.safe_load((PROMETHEUS / "alertmanager.yml").read_text())
-    written = [one for rule in config["inhibit_rules"] for one in rule["source_matchers"]]
-    assert {re.findall(r'"(.*)"', one)[0] for one in written} <= names
+    for rule in config["inhibit_rules"]:
+        sources, targets = named(rule["source_matchers"]), named(rule["target_matchers"])
+        assert sources and targets and not sources & targets
+        assert rule["equal"] == ["job", "namespace", "instance"] and 'instance!=""' in rule["source_matchers"]
+        for name in targets:
+            assert not asked(exprs[name]).grouped_by, f"{name} is of no single instance"
+            assert not re.search(r"\w:neurontune_", exprs[name]), f"{name} is of no single instance"

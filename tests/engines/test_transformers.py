@@ -310,7 +310,7 @@ async def test_the_choices_of_an_answer_are_tokenised_once_and_one_that_leaves_t
         assert len(seen) == 1 and tasks[0].cancelled()
         assert [tokens(each) for each in answers] == oracle(folder, [request]) * 3
         await collect(engine.generate(request))
-        assert len(seen) == 2 and not engine._encoding
+        assert len(seen) == 2 and not engine._preparers._encoding
 
 
 async def test_a_mask_is_applied_from_the_moment_that_a_swap_says_so(folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ class TestUpstreamEngine(EngineContract):
     def misfit(self) -> Mask:
         return random_mask(tiny_model(), model_id="another")
 
+    async def test_tallies_count_what_ran_and_how_full_it_is(self, closable_engine: Engine) -> None:
+        """Steps are the upstream's, and so are their counts."""
+        assert await collect(closable_engine.generate(self.long_answer))
+        assert closable_engine.tallies() is None
+
+    async def test_a_step_has_as_many_levels_as_the_requests_in_it(self, closable_engine: Engine) -> None:
+        """Nor is this known here."""
+        assert closable_engine.tallies() is None
+
+    async def test_queued_seconds_are_known_with_the_first_output_and_stay(self, engine: Engine) -> None:
+        """No upstream tells them, so they stay 0."""
+        outputs = await collect(engine.generate(self.long_answer))
+        assert {output.queued_seconds for output in outputs} == {0}
+
     async def test_a_swap_waits_for_nobody_and_what_runs_ends_under_the_mask_it_began_with(
         self, closable_engine: Engine
     ) -> None:
@@ -270,11 +284,12 @@ async def test_calls_of_tools_come_from_the_upstream_in_pieces_and_as_calls(mask
     first = {"index": 0, "id": "a", "function": {"name": "look_up", "arguments": '{"of'}}
     rest = {"index": 0, "function": {"arguments": '": "</tool_call>"}'}}
     second = {"index": 1, "id": "b", "function": {"name": "look_up", "arguments": "{}"}}
+    cut_short = {"index": 2, "id": "c", "function": {"name": "look_up", "arguments": '{"of": '}}
     raw = [
         said(role="assistant", content="Let me see."),
         said(tool_calls=[first]),
         said(tool_calls=[rest]),
-        said("tool_calls", tool_calls=[second]),
+        said("tool_calls", tool_calls=[second, cut_short]),
         USAGE,
         DONE,
     ]
@@ -285,7 +300,7 @@ async def test_calls_of_tools_come_from_the_upstream_in_pieces_and_as_calls(mask
         assert upstream.asked[-1]["tools"] == [TOOL] and "tool_choice" not in upstream.asked[-1]
         text = "".join(each.text for each in outputs)
         parsed = engine.parse(text, ASKED_WITH_TOOL.prompt)
-        assert parsed.content == "Let me see."
+        assert parsed.content == 'Let me see.{"name": "look_up", "arguments": {"of": }'
         assert parsed.tool_calls == (
             ToolCall("look_up", '{"of": "</tool_call>"}'),
             ToolCall("look_up", "{}"),
@@ -323,6 +338,7 @@ async def test_a_call_that_must_be_made_is_asked_for_in_openais_words(
         asked = upstream.asked[-1]
         named = ("tool_choice", "parallel_tool_calls")
         assert {each: asked[each] for each in named if each in asked} == expected
+        assert asked["tools"][0]["function"]["strict"] is True
         with pytest.raises(UnsupportedByEngineError, match="no tool 'other'; accepted: look_up"):
             engine.tool_grammar(ASKED_WITH_TOOL.prompt, "other", several)
 
@@ -355,6 +371,16 @@ async def test_line_breaks_inside_of_text_are_no_ends_of_events(mask_file: Path)
             [said(content="a"), event(error={"message": "it broke", "code": 500}), DONE],
             GenerationError,
             "it broke",
+        ),
+        (
+            [said(role="assistant", content=""), event(error={"message": "bad bias", "code": 400}), DONE],
+            PromptError,
+            "bad bias",
+        ),
+        (
+            [said(content="a"), event(error={"message": "bad bias", "code": 400}), DONE],
+            GenerationError,
+            "could not go on",
         ),
         ([said(content="a"), DONE], EngineUnavailableError, "without saying why"),
         ([], EngineUnavailableError, "without saying why"),

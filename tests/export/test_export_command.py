@@ -162,5 +162,8 @@ def test_a_level_that_was_not_measured_is_not_given_figures(tmp_path: Path) -> N
 
 def test_it_says_how_vllm_is_told_of_the_adapters(tmp_path: Path) -> None:
     printed = exported("lora", "--out", tmp_path)
-    assert f"vllm serve {MODEL_DIR} --enable-lora --max-lora-rank 32 --max-loras 3" in printed
+    assert (
+        f"vllm serve {MODEL_DIR} --served-model-name demo --enable-lora --max-lora-rank 32 --max-loras 4"
+        in printed
+    )
     assert f"demo-balanced={tmp_path}/demo-balanced" in printed

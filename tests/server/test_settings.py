@@ -47,7 +47,7 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({"port": "abc"}, "--port, NEURONTUNE_PORT"), ({"port": "65536"}, "65535"), ({"port": "-1"}, "port"),
         ({"max_num_seqs": "0"}, "--max-num-seqs"), ({"max_model_len": "0"}, "--max-model-len"),
         ({"kv_cache_tokens": "many"}, "many"), ({"device": "tpu"}, "'auto', 'cpu' or 'cuda'"),
-        ({"dtype": "int8"}, "bfloat16"), ({"engine": "vllm"}, "'transformers', 'upstream' or 'fake'"),
+        ({"dtype": "int8"}, "bfloat16"), ({"engine": "gpt"}, "'transformers', 'vllm', 'upstream' or 'fake'"),
         ({"log_level": "loud"}, "debug"), ({"prefix_caching": "perhaps"}, "--prefix-caching"),
         ({"mask": ""}, "must not be empty"), ({"model": ""}, "must not be empty"),
         ({"colour": "red"}, "colour"), ({"cors_origins": "app.example"}, "--cors-origins"),
@@ -65,6 +65,10 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({**UPSTREAM, "upstream": "http://me:it@up"}, "--upstream"),
         ({**UPSTREAM, "adapter": "b"}, "--adapter"),
         ({**UPSTREAM, "adapter": "a=b,a=c"}, "a level twice"),
+        ({"quantization": "fp8"}, "only the vllm engine knows quantization"),
+        ({"engine": "fake", "vllm_arg": ["a=1"]}, "no use for vllm_arg"),
+        ({**UPSTREAM, "tensor_parallel_size": "2"}, "no use for tensor_parallel_size"),
+        ({"engine": "vllm", "max_engine_failures": "2"}, "leave max_engine_failures out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: str) -> None:
@@ -116,3 +120,11 @@ def test_a_default_level_the_mask_does_not_offer_is_refused_at_start(level: str)
     settings = Settings(engine="fake", default_level=level)
     with pytest.raises(SettingsError, match=r"default_level.*utility-priority"):
         create_app(settings, FakeEngine())
+
+
+def test_further_arguments_of_vllm_are_lines_of_a_variable_or_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values may be JSON, so nothing in them can separate them."""
+    expected = ('compilation_config={"level": 3, "mode": 1}', "seed=1")
+    assert read_settings({"engine": "vllm", "vllm_arg": list(expected)}).vllm_arg == expected
+    monkeypatch.setenv("NEURONTUNE_VLLM_ARG", "\n".join(expected))
+    assert read_settings({"engine": "vllm"}).vllm_arg == expected

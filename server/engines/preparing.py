@@ -1,0 +1,46 @@
+"""What is done with a prompt before it is a request, off the event loop: one of megabytes takes seconds.
+
+Knows prompts and threads. Knows no model.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from server.engines.base import Prompt
+
+_NUM_THREADS: Final = 2
+T = TypeVar("T")
+
+
+class Preparers:
+    """Threads that are kept for prompts: they cannot hold up anything else.
+
+    `encode` turns a prompt into tokens; `refuse_if_closed` raises where nothing may be begun any more.
+    """
+
+    def __init__(self, encode: Callable[[Prompt], list[int]], refuse_if_closed: Callable[[], None]) -> None:
+        self._encode = encode
+        self._refuse_if_closed = refuse_if_closed
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompts")
+        self._encoding: dict[int, tuple[Prompt, asyncio.Future[list[int]]]] = {}
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` gives."""
+        self._refuse_if_closed()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    async def encoded(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens, computed once for all requests that ask for this same object at the same time:
+        the choices of one answer."""
+        if id(prompt) not in self._encoding:
+            # Holding the prompt keeps its id its own.
+            encoding = asyncio.ensure_future(self.run(self._encode, prompt))
+            self._encoding[id(prompt)] = prompt, encoding
+            encoding.add_done_callback(lambda _: self._encoding.pop(id(prompt)))
+        return await asyncio.shield(self._encoding[id(prompt)][1])
+
+    def close(self) -> None:
+        """Begin nothing any more."""
+        self._threads.shutdown(wait=False)

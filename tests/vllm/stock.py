@@ -1,0 +1,21 @@
+"""Greedy answers of vLLM as it comes: `stock.py MODEL LENGTH`. Prompts, as token ids, come on
+stdin and answers go to stdout, both as JSON."""
+
+import json
+import sys
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+
+def main() -> None:
+    model, length = sys.argv[1], int(sys.argv[2])
+    llm = LLM(
+        model, dtype="float32", max_num_seqs=32, max_num_batched_tokens=512, kv_cache_memory_bytes=2**28
+    )
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in json.load(sys.stdin)]
+    answers = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=length), use_tqdm=False)
+    sys.stdout.write(f"\n{json.dumps([list(answer.outputs[0].token_ids) for answer in answers])}\n")
+
+
+if __name__ == "__main__":
+    main()
