@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.soaking.asked import ADMIN_MASK, ENTRIES, GUEST, ROOT, bearer, post, write_keys
+from benchmarks.soaking.clients import UNAUTHENTICATED
 from benchmarks.soaking.tally import LostError, Tally
 from benchmarks.wire import Answer, Connection, Raw
 from modulation.demo import MASK_FILE
@@ -149,7 +150,9 @@ class Operator:
                 await asyncio.sleep(0.1)
         _expect("the mask after SIGHUP", await self.in_force(), before)
         answer = await self.ask(Raw("GET", "/v1/models", bearer(GUEST)))
-        _expect("the guest", answer.status, 200 if self._has_guest else 401)
+        if answer.status == UNAUTHENTICATED:
+            self.tally.perhaps.add(answer.head.headers["x-request-id"])
+        _expect("the guest", answer.status, 200 if self._has_guest else UNAUTHENTICATED)
 
     async def put(self, name: str) -> Answer:
         return await self.ask(post(ADMIN_MASK, {"path": name}, ROOT))

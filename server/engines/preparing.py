@@ -1,6 +1,6 @@
 """What is done with a prompt before it is a request, off the event loop: one of megabytes takes seconds.
 
-Knows prompts and threads. Knows no model.
+Knows prompts, tokenizers and threads. Knows no model.
 """
 
 import asyncio
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from server.engines.base import Prompt
+from server.engines.base import Chat, Grammar, ParsedAnswer, Prompt
+from server.engines.text import ChatText
 
 _NUM_THREADS: Final = 2
 T = TypeVar("T")
@@ -44,3 +45,29 @@ class Preparers:
     def close(self) -> None:
         """Begin nothing any more."""
         self._threads.shutdown(wait=False)
+
+
+class TokenizingEngine:
+    """What the `Engine` protocol has about text alone, for engines whose tokenizer is here."""
+
+    _text: ChatText
+    _preparers: Preparers
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(await self._preparers.encoded(prompt))
+
+    async def decode(self, token_ids: tuple[int, ...]) -> str:
+        return await self._preparers.run(self._text.decode, token_ids)
+
+    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(await self._preparers.run(self._text.spell, token_ids))
+
+    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
+        return self._text.parse(text, chat)
+
+    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
+        return self._text.tool_grammar(chat, name, several)
+
+    @property
+    def tool_marker(self) -> str:
+        return self._text.tool_marker

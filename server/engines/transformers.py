@@ -28,17 +28,13 @@ from modulation.masks import Mask
 from modulation.profiles import profile_of
 from modulation.recorded import refuse_less_safe
 from server.engines.base import (
-    Chat,
     EngineHealth,
     EngineInfo,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
     GenerationError,
-    Grammar,
     Output,
-    ParsedAnswer,
-    Prompt,
     Sampling,
     Tallies,
     TokenLogprob,
@@ -47,7 +43,7 @@ from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
 from server.engines.limits import refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
-from server.engines.preparing import Preparers
+from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
@@ -95,7 +91,7 @@ class _Arriving:
         return await self._queue.get()
 
 
-class TransformersEngine:
+class TransformersEngine(TokenizingEngine):
     """An `Engine` on transformers. Raises, from the constructor, what keeps it from being ready.
 
     A step that raises or a thread that dies ends all requests; manager and cache are then built anew on the
@@ -225,25 +221,6 @@ class TransformersEngine:
 
     def tallies(self) -> Tallies:
         return self._tally.now(self._manager.kv_cache_usage, self._supervisor.num_restarts)
-
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await self._preparers.encoded(prompt))
-
-    async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await self._preparers.run(self._text.decode, token_ids)
-
-    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await self._preparers.run(self._text.spell, token_ids))
-
-    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
-        return self._text.parse(text, chat)
-
-    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
-        return self._text.tool_grammar(chat, name, several)
-
-    @property
-    def tool_marker(self) -> str:
-        return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         asked = time.perf_counter()

@@ -34,7 +34,6 @@ from modulation.profiles import profile_of
 from modulation.recorded import refuse_less_safe
 from modulation.shapes import read_shape
 from server.engines.base import (
-    Chat,
     EngineHealth,
     EngineInfo,
     EngineUnavailableError,
@@ -43,8 +42,6 @@ from server.engines.base import (
     GenerationError,
     Grammar,
     Output,
-    ParsedAnswer,
-    Prompt,
     Sampling,
     Tallies,
     TokenLogprob,
@@ -52,7 +49,7 @@ from server.engines.base import (
 from server.engines.grammar import Grammars, styled
 from server.engines.in_force import InForce
 from server.engines.limits import refuse_unknown_bias, token_limit
-from server.engines.preparing import Preparers
+from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.sizes import resolve_sizes, stop_ids
 from server.engines.supervision import leave_it
 from server.engines.text import ChatText
@@ -69,7 +66,7 @@ _DIED: Final = "one of vLLM's processes has died"
 T = TypeVar("T")
 
 
-class VllmEngine:
+class VllmEngine(TokenizingEngine):
     """An `Engine` on vLLM. Raises, from the constructor, what keeps it from being ready.
 
     vLLM does not come back from the death of one of its processes: requests end, the engine is not ready any
@@ -194,25 +191,6 @@ class VllmEngine:
 
     def tallies(self) -> Tallies:
         return self._stats.now(len(self._open))
-
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(await self._preparers.encoded(prompt))
-
-    async def decode(self, token_ids: tuple[int, ...]) -> str:
-        return await self._preparers.run(self._text.decode, token_ids)
-
-    async def spell(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(await self._preparers.run(self._text.spell, token_ids))
-
-    def parse(self, text: str, chat: Chat) -> ParsedAnswer:
-        return self._text.parse(text, chat)
-
-    def tool_grammar(self, chat: Chat, name: str | None, several: bool) -> Grammar:
-        return self._text.tool_grammar(chat, name, several)
-
-    @property
-    def tool_marker(self) -> str:
-        return self._text.tool_marker
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         begun = time.monotonic()
