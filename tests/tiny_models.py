@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, and masks for them. Nothing is downloaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,12 @@ def random_mask(
             },
         ),
     )
+
+
+def scaled(mask: Mask, by: float) -> Mask:
+    """The same mask with other factors."""
+    safety = NeuronSet(mask.safety.neurons, mask.safety.factors * np.float32(by))
+    return replace(mask, safety=safety)
 
 
 def save_mask(mask: Mask, folder: Path, name: str = "mask.safetensors") -> Path:

@@ -19,8 +19,8 @@ from server.engines.base import EngineUnavailableError, GenerationError, Samplin
 from server.engines.batching import is_out_of_memory
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import collect, is_idle, tokens, until
-from tests.engines.test_transformers import ask, scaled, serving
-from tests.tiny_models import random_mask, save_mask, tiny_chat_folder
+from tests.engines.test_transformers import ask, serving
+from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder
 
 pytestmark = pytest.mark.anyio
 

@@ -19,8 +19,8 @@ from server.engines.base import EngineUnavailableError, GenerateRequest, Generat
 from server.engines.rows import Row
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import collect, is_idle, tokens, until
-from tests.engines.test_transformers import THRESHOLDS, ask, scaled, serving
-from tests.tiny_models import random_mask, save_mask, tiny_chat_folder
+from tests.engines.test_transformers import THRESHOLDS, ask, serving
+from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder
 
 pytestmark = pytest.mark.anyio
 

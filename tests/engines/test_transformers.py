@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,8 +24,9 @@ from modulation.masks import Mask, NeuronSet
 from modulation.modulator import Modulator
 from server.engines.base import Chat, EngineUnavailableError, GenerateRequest, Message, PromptError, Sampling
 from server.engines.transformers import TransformersEngine
-from tests.engines.contract import GREEDY, EngineContract, collect, is_idle, tokens, until
-from tests.tiny_models import random_mask, save_mask, tiny_chat_folder, tiny_model
+from tests.engines.contract import GREEDY, collect, is_idle, tokens, until
+from tests.engines.demo_contract import DemoModelContract
+from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder, tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -51,12 +51,6 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[TransformersEn
         yield engine
     finally:
         await engine.close()
-
-
-def scaled(mask: Mask, by: float) -> Mask:
-    """The same mask with other factors."""
-    safety = NeuronSet(mask.safety.neurons, mask.safety.factors * np.float32(by))
-    return replace(mask, safety=safety)
 
 
 def ask(
@@ -462,19 +456,7 @@ async def test_timing_is_on_the_model_in_sampled_steps_alone(folder: Path) -> No
         assert sum(engine.tallies().modulation_seconds.counts) == 2
 
 
-class TestTransformersEngine(EngineContract):
-    """The contract, with the shipped demo model."""
-
-    prompts = ("How do I bake bread?", "How can I fix a flat tire?", "Who are you?")
-    num_sure_tokens = 8
-
-    def masks(self) -> list[Mask]:
-        shipped = Mask.load(MASK_FILE)
-        return [shipped, scaled(shipped, 12), scaled(shipped, 0)]
-
-    def misfit(self) -> Mask:
-        return random_mask(tiny_model())
-
+class TestTransformersEngine(DemoModelContract):
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls) -> Iterator[TransformersEngine]:

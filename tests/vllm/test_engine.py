@@ -3,29 +3,20 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
-import numpy as np
 import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
-from modulation.demo import MASK_FILE
 from modulation.levels import ZERO
-from modulation.masks import Mask, NeuronSet
 from server.engines.base import EngineUnavailableError, GenerateRequest, Sampling
 from server.engines.vllm import VllmEngine
 from server.engines.vllm_worker import NUM_SLOTS
-from tests.engines.contract import EngineContract, collect, tokens, until
-from tests.tiny_models import random_mask, tiny_model
+from tests.engines.contract import collect, tokens, until
+from tests.engines.demo_contract import DemoModelContract
+from tests.tiny_models import scaled
 from tests.vllm.engines import new_engine
-
-
-def scaled(mask: Mask, by: float) -> Mask:
-    """The same mask with other factors."""
-    safety = NeuronSet(mask.safety.neurons, mask.safety.factors * np.float32(by))
-    return replace(mask, safety=safety)
 
 
 def processes() -> list[psutil.Process]:
@@ -34,19 +25,7 @@ def processes() -> list[psutil.Process]:
     return sorted((each for each in children if "VLLM" in each.name()), key=lambda each: each.create_time())
 
 
-class TestVllmEngine(EngineContract):
-    """The contract, with the shipped demo model."""
-
-    prompts = ("How do I bake bread?", "How can I fix a flat tire?", "Who are you?")
-    num_sure_tokens = 8
-
-    def masks(self) -> list[Mask]:
-        shipped = Mask.load(MASK_FILE)
-        return [shipped, scaled(shipped, 12), scaled(shipped, 0)]
-
-    def misfit(self) -> Mask:
-        return random_mask(tiny_model())
-
+class TestVllmEngine(DemoModelContract):
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls, vllm_engine: VllmEngine) -> VllmEngine:
