@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from server.engines.in_force import InForce, Known
+from server.engines.threads import in_passing_thread
 
 
 class RequestMask:
@@ -72,7 +73,7 @@ class Masks:
         """
         async with self._swapping:
             if self._in_force.find(mask.digest) is None:
-                made = await asyncio.to_thread(RequestMask, self._model, mask)
+                made = await asyncio.to_thread(in_passing_thread(RequestMask), self._model, mask)
                 self._in_force.put(mask.digest, made)
             else:
                 self._in_force.put_back(mask.digest)

@@ -51,6 +51,7 @@ from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.tallying import Tally
 from server.engines.text import ChatText
+from server.engines.threads import in_passing_thread
 
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
@@ -104,6 +105,7 @@ class TransformersEngine(TokenizingEngine):
             its name by its own record (unless `allow_less_safe_levels`).
     """
 
+    @in_passing_thread
     def __init__(
         self,
         model: str,
