@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 serve: install
 	$(BIN)/neurontune serve $(ARGS)
 
+# Three processes share the files of tests, each with one thread for tensors: one waits often, for servers.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
