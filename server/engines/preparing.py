@@ -39,8 +39,13 @@ class Preparers:
             # Holding the prompt keeps its id its own.
             encoding = asyncio.ensure_future(self.run(self._encode, prompt))
             self._encoding[id(prompt)] = prompt, encoding
-            encoding.add_done_callback(lambda _: self._encoding.pop(id(prompt)))
+            encoding.add_done_callback(lambda ended: self._encoded(prompt, ended))
         return await asyncio.shield(self._encoding[id(prompt)][1])
+
+    def _encoded(self, prompt: Prompt, ended: asyncio.Future[list[int]]) -> None:
+        del self._encoding[id(prompt)]
+        if not ended.cancelled():
+            ended.exception()  # whoever waited for it may be gone: then asyncio must not call it forgotten
 
     def close(self) -> None:
         """Begin nothing any more."""
