@@ -16,6 +16,7 @@ from tests.deploy.tools import ROOT
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULE_FILES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 DASHBOARD_FILES = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
+COMPARISONS = {"==", "!=", "<", "<=", ">", ">="}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 BY_PROMETHEUS = {"job", "namespace", "instance"}
 
@@ -42,6 +43,20 @@ def asked(expr: str) -> Asked:
             found.selectors.append(node)
         if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
             found.grouped_by |= set(node.modifier.labels)
+        return True
+
+    promql_parser.walk(promql_parser.parse(expr), visit)
+    return found
+
+
+def compared(expr: str) -> list[str]:
+    """Both sides of each comparison in `expr` that ask for series. Not `absent`: if all is well it has none."""
+    found: list[str] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, promql_parser.BinaryExpr) and str(node.op) in COMPARISONS:
+            sides = [side.prettify() for side in (node.lhs, node.rhs)]
+            found.extend(side for side in sides if asked(side).selectors and not side.startswith("absent("))
         return True
 
     promql_parser.walk(promql_parser.parse(expr), visit)

@@ -18,7 +18,7 @@ import pytest
 
 from modulation.demo import MASK_FILE
 from tests.deploy.asking_prometheus import Prometheus, prometheus
-from tests.deploy.promql import DASHBOARD_FILES, asked, filled, panels, rules
+from tests.deploy.promql import DASHBOARD_FILES, asked, compared, filled, panels, rules
 from tests.deploy.test_dashboards import values_of
 from tests.server.conftest import CHAT
 from tests.server.keying import bearer, key_file
@@ -128,7 +128,11 @@ def traffic(server: tuple[subprocess.Popen[str], str]) -> Iterator[Traffic]:
 
 
 def expressions() -> dict[str, timedelta]:
-    """What is to give data, and how much later than now it is asked: of alerts, every selector by itself."""
+    """What is to give data, and how much later than now it is asked.
+
+    An alert's own expression gives data only while it rings: of it, every selector by itself and what it
+    compares. Not what looks at two times at once, of which there is only one: `test_rules` asks that.
+    """
     found = {}
     for path in DASHBOARD_FILES:
         for panel in panels(path):
@@ -136,8 +140,11 @@ def expressions() -> dict[str, timedelta]:
                 expr = filled(target["expr"], values_of(path))
                 found[expr] = max(each.offset or timedelta() for each in asked(expr).selectors)
     for rule in rules("alert"):
-        for selector in asked(rule["expr"]).selectors:
-            found[selector.prettify()] = selector.offset or timedelta()
+        parts = [selector.prettify() for selector in asked(rule["expr"]).selectors]
+        for part in parts + compared(rule["expr"]):
+            offsets = {each.offset or timedelta() for each in asked(part).selectors}
+            if len(offsets) == 1:
+                found[part] = offsets.pop()
     return found | {rule["record"]: timedelta() for rule in rules("record")}
 
 
