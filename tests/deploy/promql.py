@@ -50,7 +50,7 @@ def asked(expr: str) -> Asked:
 
 
 def compared(expr: str) -> list[str]:
-    """Both sides of each comparison in `expr` that ask for series. Not `absent`: if all is well it has none."""
+    """Both sides of each comparison in `expr` that ask for series. Not `absent`: it mostly has none."""
     found: list[str] = []
 
     def visit(node: Any) -> bool:
