@@ -27,6 +27,8 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
 from modulation.levels import Threshold
+from server.engines.attention import NAME as BY_REQUEST
+from server.engines.attention import can_attend_by_request
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
 from server.engines.tallying import Tally
@@ -169,6 +171,13 @@ class LevelManager(ContinuousBatchingManager):
         self._on_end = on_end
         self.is_discarded = False
         self._cleared: list[str] = []
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """As the base class does, and then to attention by request where the model can have it."""
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        if can_attend_by_request(model):
+            self._original_attn_impl = model.config._attn_implementation
+            model.set_attn_implementation(BY_REQUEST)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
