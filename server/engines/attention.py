@@ -4,53 +4,52 @@ Knows the arguments that transformers' continuous batching gives a model, and it
 level and no mask of neurons.
 
 Without flash attention, transformers lets all tokens of a step attend to all keys through one matrix that
-masks other requests' keys: its cost grows with the square of the number of requests. Here, requests with one
-new token attend as a batch, each to its own keys, padded to the longest of those of a similar length; prompts
-attend one by one.
+masks other requests' keys: its cost grows with the square of the number of requests. Here each request
+attends to its own keys; those of similar lengths do so as one batch.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 NAME: Final = "sdpa_by_request"
-_PLAN: Final = "attention_plan"
+# What some models ask of attention, and this does not do.
+_UNKNOWN: Final = ("softcap", "s_aux", "position_bias", "dropout")
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoding:
-    """Requests with one new token, of a similar number of keys."""
+class Group:
+    """Requests that attend together, each to its own keys, padded to the longest of them.
 
-    queries: Tensor  # int (requests,): which of the step's tokens
-    keys: slice  # of what is read: requests x length of them
-    length: int
-    mask: Tensor  # (requests, 1, 1, length), added to scores: 0, or minus infinity where there is no key
+    `shape`: how many there are, tokens of each, keys of each. `queries`, int (requests x tokens,): which of
+    the step's tokens (None: all as they come). `keys`: where theirs are in what is read. `mask` (requests, 1,
+    tokens, keys), added to scores: 0, or minus infinity where there is nothing to see (None: each has as many
+    keys as tokens, and nothing is padded, so what is causal).
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A request with several new tokens: the last ones of its keys."""
-
-    queries: slice
+    shape: tuple[int, int, int]
+    queries: Tensor | None
     keys: slice
-    mask: Tensor | None  # bool (queries, keys); None: these are all its keys, so causal
+    mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a step's tokens attend: `read`, int (keys,), is what the cache is to give, request after request as
-    the parts say; `order`, int (tokens,), puts the parts' tokens into the step's order (None: they are)."""
+    """How a step's tokens attend. `read`, int (keys,): what the cache is to give; empty: nothing, there are
+    only the step's own keys, of which `own`, int (keys,), are taken. `order`, int (tokens,): where each token
+    of the step is in what the groups give (None: there it is)."""
 
-    decoding: Sequence[_Decoding]
-    prompts: Sequence[_Prompt]
+    groups: Sequence[Group]
     read: Tensor
+    own: Tensor | None
     order: Tensor | None
 
 
@@ -63,58 +62,81 @@ def can_attend_by_request(model: PreTrainedModel) -> bool:
     return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not slides
 
 
-def plan(step: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of a step that begins, with those that let it attend by request."""
-    ends_q: list[int] = step["cu_seq_lens_q"].tolist()
-    [ends_k] = [each.tolist() for each in step["cu_seq_lens_k"].values()]
-    [read] = step["read_index"]
-    made = _planned(ends_q, ends_k, read, dtype)
-    return {**step, "read_index": [made.read], _PLAN: made}
+class PlannedIOs(ContinuousBatchingIOs):
+    """The inputs of steps, with what lets them attend by request."""
+
+    def get_model_kwargs(self, use_padding: bool = False) -> Any:
+        """As the base class does, with the step's plan."""
+        step: Any = super().get_model_kwargs(use_padding)
+        assert not use_padding, "steps are padded for CUDA graphs alone"
+        ends_q: list[int] = step["cu_seq_lens_q"].tolist()
+        [ends_k] = [each.tolist() for each in step["cu_seq_lens_k"].values()]
+        [read] = step["read_index"]
+        made = plan(ends_q, ends_k, read, self.model_dtype)
+        return {**step, "read_index": [made.read], "attention_plan": made}
 
 
-def _planned(ends_q: list[int], ends_k: list[int], read: Tensor, dtype: torch.dtype) -> Plan:
-    """`ends_q` and `ends_k`: where each request's new tokens and keys begin, and at last end."""
-    similar: dict[int, list[int]] = defaultdict(list)
-    prompts: list[_Prompt] = []
-    parts: list[Tensor] = []  # of what is read
-    order: list[int] = []  # the tokens, as the parts have them
-    num_read = 0
-    spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
-    for number, ((begin, end), (first, last)) in enumerate(spans):
-        if end - begin == 1 and len(read):
-            similar[(last - first - 1).bit_length()].append(number)
-    decoding: list[_Decoding] = []
-    for numbers in similar.values():
-        firsts = torch.tensor([spans[number][1][0] for number in numbers])
-        lengths = torch.tensor([last - first for first, last in (spans[number][1] for number in numbers)])
-        length = int(lengths.max())
-        places = torch.arange(length)
-        # Where a request has no more keys, it reads its last one again, and the mask leaves it out.
-        wanted = firsts[:, None] + torch.minimum(places, lengths[:, None] - 1)
-        mask = torch.zeros(len(numbers), 1, 1, length, dtype=dtype)
-        mask.masked_fill_((places >= lengths[:, None])[:, None, None], float("-inf"))
-        queries = [spans[number][0][0] for number in numbers]
-        keys = slice(num_read, num_read + wanted.numel())
-        decoding.append(_Decoding(torch.tensor(queries), keys, length, mask))
-        parts.append(read[wanted.flatten()])
-        order += queries
-        num_read = keys.stop
-    decoded = set(order)
-    for (begin, end), (first, last) in spans:
-        if begin in decoded or begin == end:
+def plan(ends_q: list[int], ends_k: list[int], read: Tensor, dtype: torch.dtype) -> Plan:
+    """`ends_q` and `ends_k`: where each request's new tokens and keys begin, and at last end. `read`, int
+    (keys,): where the cache has the keys, request after request; empty if there are none but the new ones."""
+    first_q, first_k = np.array(ends_q[:-1]), np.array(ends_k[:-1])
+    num_q, num_k = np.diff(ends_q), np.diff(ends_k)
+    groups: list[Group] = []
+    keys: list[np.ndarray] = []  # by group: which of all keys it takes
+    order = np.empty(ends_q[-1], dtype=np.int64)
+    given = 0  # what the groups so far give
+    for numbers in _grouped(num_q, num_k):
+        have_q, have_k = num_q[numbers, None], num_k[numbers, None]
+        longest_q, longest_k = int(have_q.max()), int(have_k.max())
+        tokens, places = np.arange(longest_q), np.arange(longest_k)
+        # Where a request has no more of them, its last one stands again: nobody reads those answers, and the
+        # mask leaves those keys out.
+        asked = first_q[numbers, None] + np.minimum(tokens, have_q - 1)
+        wanted = first_k[numbers, None] + np.minimum(places, have_k - 1)
+        real = tokens < have_q
+        order[asked[real]] = given + np.flatnonzero(real)
+        is_whole = bool((have_q == have_k).all() and real.all())
+        seen = places < (have_k - have_q + 1)[:, :, None] + np.minimum(tokens, have_q - 1)[:, :, None]
+        mask = None if is_whole else np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]
+        begin = sum(map(len, keys))
+        groups.append(
+            Group(
+                (len(numbers), longest_q, longest_k),
+                torch.from_numpy(asked.ravel()),
+                slice(begin, begin + wanted.size),
+                None if mask is None else torch.from_numpy(mask).to(dtype),
+            )
+        )
+        keys.append(wanted.ravel())
+        given += asked.size
+    taken = np.concatenate(keys)
+    own = None if len(read) or _is_range(taken) else torch.from_numpy(taken)
+    if len(groups) == 1 and _is_range(asked.ravel()):
+        groups = [replace(groups[0], queries=None)]
+    in_order = _is_range(order) and given == len(order)
+    return Plan(
+        groups, read[taken] if len(read) else read, own, None if in_order else torch.from_numpy(order)
+    )
+
+
+def _is_range(numbers: np.ndarray) -> bool:
+    return np.array_equal(numbers, np.arange(len(numbers)))
+
+
+def _grouped(num_q: np.ndarray, num_k: np.ndarray) -> Iterator[list[int]]:
+    """Requests that have one new token, and those that have more: together if that pads little, else in
+    groups that differ less than twofold in tokens and in keys."""
+    for chosen in (np.flatnonzero(num_q == 1), np.flatnonzero(num_q > 1)):
+        of_q, of_k = num_q[chosen], num_k[chosen]
+        if not len(chosen):
             continue
-        num_queries, num_keys = end - begin, last - first
-        causal = None
-        if num_queries < num_keys:
-            causal = torch.ones(num_queries, num_keys, dtype=torch.bool).tril_(num_keys - num_queries)
-        keys = slice(num_read, num_read + num_keys)
-        prompts.append(_Prompt(slice(begin, end), keys, causal))
-        parts.append(read[first:last])
-        order += range(begin, end)
-        num_read = keys.stop
-    is_sorted = all(a < b for a, b in pairwise(order))
-    inverse = None if is_sorted else torch.tensor(order).argsort()
-    return Plan(decoding, prompts, torch.cat(parts) if len(read) else read, inverse)
+        if len(chosen) * of_q.max() * of_k.max() <= 2 * (of_q * of_k).sum():
+            yield chosen.tolist()
+            continue
+        similar: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, tokens, keys in zip(chosen.tolist(), of_q.tolist(), of_k.tolist(), strict=True):
+            similar[(tokens - 1).bit_length(), (keys - 1).bit_length()].append(number)
+        yield from similar.values()
 
 
 def attend(
@@ -130,37 +152,47 @@ def attend(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' interface has it: `query` (1, heads, tokens, width), `key` and `value` with
-    as many heads or a fraction; (1, tokens, heads, width) and no weights are returned."""
+    as many heads or a fraction; (1, tokens, heads, width) and no weights are returned.
+
+    Raises:
+        ValueError: the model asks for what this is not.
+    """
+    for name in _UNKNOWN:
+        if arguments.get(name) not in (None, 0.0):
+            raise ValueError(f"Attention by request does not know {name}.")
     key, value = cache.update(key, value, module.layer_idx, arguments)  # (1, heads of keys, keys, width)
-    num_heads, num_tokens, num_kv_heads = query.shape[1], query.shape[2], key.shape[1]
-    outputs: list[Tensor] = []  # (tokens, heads, width)
-    for batch in attention_plan.decoding:
-        number = len(batch.queries)
-        is_all = attention_plan.order is None and number == num_tokens
-        asked = query[0] if is_all else query[0].index_select(1, batch.queries)
-        # Heads that share keys attend as if they were so many queries.
-        asked = asked.transpose(0, 1).reshape(number, num_kv_heads, num_heads // num_kv_heads, -1)
-        ks, vs = (
-            each[0, :, batch.keys].view(num_kv_heads, number, batch.length, -1).transpose(0, 1)
-            for each in (key, value)
-        )
-        found = scaled_dot_product_attention(asked, ks, vs, attn_mask=batch.mask, scale=scaling)
-        outputs.append(found.reshape(number, num_heads, -1))
-    for prompt in attention_plan.prompts:
-        found = scaled_dot_product_attention(
-            query[:, :, prompt.queries],
-            key[:, :, prompt.keys],
-            value[:, :, prompt.keys],
-            attn_mask=prompt.mask,
-            is_causal=prompt.mask is None,
-            scale=scaling,
-            enable_gqa=num_heads != num_kv_heads,
-        )
-        outputs.append(found[0].transpose(0, 1))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if attention_plan.own is not None:
+        key, value = (each.index_select(2, attention_plan.own) for each in (key, value))
+    outputs = [_together(query[0], key[0], value[0], group, scaling) for group in attention_plan.groups]
+    answers = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if attention_plan.order is not None:
-        together = together[attention_plan.order]
-    return together[None].contiguous(), None
+        answers = answers.index_select(0, attention_plan.order)
+    return answers[None].contiguous(), None
+
+
+def _together(query: Tensor, key: Tensor, value: Tensor, group: Group, scaling: float | None) -> Tensor:
+    """What a group's tokens get, (requests x tokens, heads, width); of `query`, `key` and `value` (heads, all
+    tokens or keys, width)."""
+    num_requests, num_tokens, num_keys = group.shape
+    num_heads, num_kv_heads = query.shape[0], key.shape[0]
+    asked = query if group.queries is None else query.index_select(1, group.queries)
+    asked = asked.view(num_heads, num_requests, num_tokens, -1).transpose(0, 1)
+    ks, vs = (
+        each[:, group.keys].view(num_kv_heads, num_requests, num_keys, -1).transpose(0, 1)
+        for each in (key, value)
+    )
+    if num_tokens == 1:  # heads that share keys attend as if they were so many tokens
+        asked = asked.reshape(num_requests, num_kv_heads, num_heads // num_kv_heads, -1)
+    found = scaled_dot_product_attention(
+        asked,
+        ks,
+        vs,
+        attn_mask=group.mask,
+        is_causal=group.mask is None and num_tokens > 1,
+        scale=scaling,
+        enable_gqa=num_tokens > 1 and num_heads != num_kv_heads,
+    )
+    return found.reshape(num_requests, num_heads, num_tokens, -1).transpose(1, 2).flatten(0, 1)
 
 
 AttentionInterface.register(NAME, attend)

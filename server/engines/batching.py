@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from modulation.levels import Threshold
 from server.engines.attention import NAME as BY_REQUEST
-from server.engines.attention import can_attend_by_request
+from server.engines.attention import PlannedIOs, can_attend_by_request
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
 from server.engines.tallying import Tally
@@ -149,8 +149,9 @@ class LevelManager(ContinuousBatchingManager):
     """A continuous-batching manager that samples per request and keeps a cache per level.
 
     A request whose logits are NaN or infinite, or that does not fit into memory, fails alone: its row says
-    why. `on_lost_step` is called on the manager's thread when a step was given up before its end, and
-    `on_end` with the manager, also there, when its loop has ended, whatever ended it.
+    why. Steps run on `num_threads` cores. `on_lost_step` is called on the manager's thread when a step was
+    given up before its end, and `on_end` with the manager, also there, when its loop has ended, whatever
+    ended it.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class LevelManager(ContinuousBatchingManager):
         model: PreTrainedModel,
         generation: GenerationConfig,
         batching: ContinuousBatchingConfig,
+        num_threads: int,
         on_lost_step: Callable[[], None],
         on_end: Callable[["LevelManager"], None],
     ) -> None:
@@ -167,6 +169,7 @@ class LevelManager(ContinuousBatchingManager):
             static=any(self.continuous_batching_config.cuda_graph_booleans),
         )
         self.logit_processor = self.processors
+        self._num_threads = num_threads
         self._on_lost_step = on_lost_step
         self._on_end = on_end
         self.is_discarded = False
@@ -174,6 +177,8 @@ class LevelManager(ContinuousBatchingManager):
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """As the base class does, and then to attention by request where the model can have it."""
+        if model.config._attn_implementation == BY_REQUEST:  # by a manager that never ran
+            model.set_attn_implementation("sdpa")
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
         if can_attend_by_request(model):
             self._original_attn_impl = model.config._attn_implementation
@@ -186,6 +191,10 @@ class LevelManager(ContinuousBatchingManager):
         processor.cache.__class__ = LevelCache
         assert type(processor.scheduler) in (FIFOScheduler, SuspectScheduler), type(processor.scheduler)
         processor.scheduler.__class__ = SuspectScheduler
+        if self.model.config._attn_implementation == BY_REQUEST:
+            inputs = processor.inputs_and_outputs
+            assert type(inputs) in (ContinuousBatchingIOs, PlannedIOs), type(inputs)
+            inputs.__class__ = PlannedIOs
         cache, scheduler = processor.cache, processor.scheduler
         assert isinstance(cache, LevelCache) and isinstance(scheduler, SuspectScheduler)
         cache.suspects = scheduler.suspects = set()
@@ -284,7 +293,7 @@ class LevelManager(ContinuousBatchingManager):
     def _outputs(self) -> ContinuousBatchingIOs:
         assert self.batch_processor is not None
         found = self.batch_processor.inputs_and_outputs
-        assert type(found) is ContinuousBatchingIOs, type(found)
+        assert isinstance(found, ContinuousBatchingIOs), type(found)
         return found
 
     @property
@@ -323,6 +332,7 @@ class LevelManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(each.state, RuntimeError(reason))
 
     def _run_generation_loop(self) -> None:
+        torch.set_num_threads(self._num_threads)  # another thread may hold it at one just now
         try:
             super()._run_generation_loop()
         finally:

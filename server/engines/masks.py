@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from server.engines.in_force import InForce, Known
-from server.engines.threads import in_passing_thread
+from server.engines.threads import on_one_core
 
 
 class RequestMask:
@@ -73,10 +73,14 @@ class Masks:
         """
         async with self._swapping:
             if self._in_force.find(mask.digest) is None:
-                made = await asyncio.to_thread(in_passing_thread(RequestMask), self._model, mask)
+                made = await asyncio.to_thread(self._made, mask)
                 self._in_force.put(mask.digest, made)
             else:
                 self._in_force.put_back(mask.digest)
+
+    def _made(self, mask: Mask) -> RequestMask:
+        with on_one_core():
+            return RequestMask(self._model, mask)
 
     def held(self, digest: str | None) -> AbstractContextManager[Known[RequestMask]]:
         """The mask of this digest, or the one in force, for a request to run under within the block.

@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from modulation.errors import ModelError
 from modulation.sites import find_sites
-from server.engines.attention import NAME as BY_REQUEST
-from server.engines.attention import plan
 from server.engines.batching import LevelManager
 from server.engines.masks import Masks
 from server.engines.rows import Row
@@ -34,7 +32,7 @@ def hooked(
 
     `manager` is asked at each step: managers come and go.
     """
-    steps = _Steps(model, masks, manager, tally)
+    steps = _Steps(model.device, masks, manager, tally)
     with ExitStack() as stack:
         stack.callback(steps.stop_timing)
         stack.callback(model.register_forward_pre_hook(steps.before, with_kwargs=True).remove)
@@ -68,9 +66,9 @@ def passing_all_sites(model: PreTrainedModel) -> Iterator[None]:
 
 class _Steps:
     def __init__(
-        self, model: PreTrainedModel, masks: Masks, manager: Callable[[], LevelManager], tally: Tally
+        self, device: torch.device, masks: Masks, manager: Callable[[], LevelManager], tally: Tally
     ) -> None:
-        self._model = model
+        self._device = device
         self._tally = tally
         self._timing = ExitStack()
         self._timed: Stopwatch | None = None  # in the step that runs
@@ -80,10 +78,8 @@ class _Steps:
         # As the processors have it, with the tokens as a tensor.
         self._scored: list[tuple[Row, int, Tensor]] = []
 
-    def before(self, _model: nn.Module, args: Any, step: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before each step: one threshold per token, from one per request; and how its tokens attend."""
-        if self._model.config._attn_implementation == BY_REQUEST:
-            step = plan(step, self._model.dtype)
+    def before(self, _model: nn.Module, args: Any, step: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before each step: one threshold per token, from one per request."""
         per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
         ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
         num_tokens = step["input_ids"].shape[-1]
@@ -96,7 +92,7 @@ class _Steps:
             for row, place, tokens in self._manager().processors.scored
         ]
         if not self._scored or "logits_to_keep" not in step:
-            return args, step
+            return None
         kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
         return args, step | {"logits_to_keep": kept}
 
@@ -107,7 +103,7 @@ class _Steps:
         if not self._tally.is_sampled:
             self._masks.before_step(per_request, owner, masks)
             return
-        self._timed = Stopwatch(self._model.device)
+        self._timed = Stopwatch(self._device)
         self._timed.start()
         self._masks.before_step(per_request, owner, masks)
         self._timed.stop()

@@ -1,44 +1,25 @@
 """Work with tensors beside the thread that runs the steps, without slowing that one down.
 
-Knows threads and how torch runs on several cores. Knows no model.
+Knows how torch runs on several cores. Knows no model.
 
 Each thread that has run a large enough operation keeps helpers of its own, one a core, for as long as it
 lives (libgomp). With those of two threads there are more than cores, and from then on all helpers sleep
 between operations and must be woken for each: measured on two cores, a step of the demo model takes twice as
-long (docs/measurements.md). So tensors are worked on by the thread of the steps, and by threads that end.
+long (docs/measurements.md). So beside the steps, tensors are worked on without helpers.
 """
 
-import functools
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-P = ParamSpec("P")
-T = TypeVar("T")
+import torch
 
 
-def in_passing_thread(work: Callable[P, T]) -> Callable[P, T]:
-    """`work`, run on a thread that ends with it, and waited for. What it raises is raised."""
-
-    @functools.wraps(work)
-    def run(*arguments: P.args, **keywords: P.kwargs) -> T:
-        future: Future[T] = Future()
-
-        def fill() -> None:
-            try:
-                future.set_result(work(*arguments, **keywords))
-            except BaseException as error:
-                future.set_exception(error)
-
-        # A daemon: an interrupt ends the wait and the process, not only the wait.
-        thread = threading.Thread(target=fill, name="tensors", daemon=True)
-        thread.start()
-        try:
-            return future.result()
-        finally:
-            if future.done():
-                thread.join()
-                del future  # its error's traceback holds this frame: a circle
-
-    return run
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Within the block, torch works without helpers on this thread, and on threads that begin to use it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

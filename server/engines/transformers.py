@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -51,7 +52,7 @@ from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
 from server.engines.tallying import Tally
 from server.engines.text import ChatText
-from server.engines.threads import in_passing_thread
+from server.engines.threads import on_one_core
 
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
@@ -105,7 +106,6 @@ class TransformersEngine(TokenizingEngine):
             its name by its own record (unless `allow_less_safe_levels`).
     """
 
-    @in_passing_thread
     def __init__(
         self,
         model: str,
@@ -132,9 +132,11 @@ class TransformersEngine(TokenizingEngine):
         on_device = resolve_device(device)
         in_dtype = resolve_dtype(dtype, on_device.value)
         self._model_name = model
-        self._model = load_model(
-            model, device=on_device.value, dtype=in_dtype.value, trust_remote_code=trust_remote_code
-        )
+        self._num_threads = torch.get_num_threads()
+        with on_one_core():
+            self._model = load_model(
+                model, device=on_device.value, dtype=in_dtype.value, trust_remote_code=trust_remote_code
+            )
         sizes = resolve_sizes(
             self._model,
             device=on_device.value,
@@ -142,7 +144,8 @@ class TransformersEngine(TokenizingEngine):
             kv_cache_tokens=kv_cache_tokens,
             page_size=_PAGE_SIZE,
         )
-        self._masks = Masks(self._model, loaded_mask)
+        with on_one_core():
+            self._masks = Masks(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary, int(sizes.max_model_len.value))
@@ -330,7 +333,9 @@ class TransformersEngine(TokenizingEngine):
     def _new_manager(self) -> LevelManager:
         generation = generation_config(self._text.stop_ids)
         batching = ContinuousBatchingConfig(**self._batching)
-        return LevelManager(self._model, generation, batching, self._masks.forget_step, self._on_end)
+        return LevelManager(
+            self._model, generation, batching, self._num_threads, self._masks.forget_step, self._on_end
+        )
 
     def _start_manager(self) -> None:
         """Build manager and cache, and serve with them.
@@ -341,7 +346,8 @@ class TransformersEngine(TokenizingEngine):
         if self._manager.is_discarded:
             self._manager = self._new_manager()
         try:
-            self._manager.warmup()  # allocates the cache here, so that a failure is raised here
+            with on_one_core():
+                self._manager.warmup()  # allocates the cache here, so that a failure is raised here
         except (MemoryError, RuntimeError, ValueError) as error:
             details, number = self._info.details, self._batching["max_requests_per_batch"]
             raise ModelError(

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -57,6 +58,10 @@ def one_by_one(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> T
         [(4, 4), (1, 1), (7, 7)],
         [(1, 9), (5, 5), (1, 3), (3, 12), (1, 17), (2, 40)],
         [(3, 12), (1, 70), (1, 6)],
+        [(3, 12), (2, 11), (4, 14), (1, 5)],
+        [(2, 2), (3, 30), (40, 41), (1, 60), (1, 1), (1, 7)],
+        [(3, 3), (3, 3)],
+        [(1, 1), (1, 1)],
     ],
     ids=str,
 )
@@ -78,15 +83,17 @@ def test_each_token_attends_to_its_own_request_up_to_itself(
     has_past = any(new < total for new, total in requests)
     read = [place for _, places in owned for place in places] if has_past else []
     written = torch.tensor([place for new, places in owned for place in places[-new:]])
-    step = plan(
-        {
-            "cu_seq_lens_q": torch.tensor([0, *(new for new, _ in requests)], dtype=torch.int32).cumsum(0),
-            "cu_seq_lens_k": {"full_attention": torch.tensor([0, *(n for _, n in requests)]).cumsum(0)},
-            "read_index": [torch.tensor(read, dtype=torch.int64)],
-            "cache": Cache(stored_keys, stored_values, written),
-        },
+    made = plan(
+        list(accumulate((new for new, _ in requests), initial=0)),
+        list(accumulate((total for _, total in requests), initial=0)),
+        torch.tensor(read, dtype=torch.int64),
         torch.float32,
     )
+    step = {
+        "read_index": [made.read],
+        "attention_plan": made,
+        "cache": Cache(stored_keys, stored_values, written),
+    }
     layer = nn.Module()
     layer.layer_idx = 3  # type: ignore[assignment]
 
@@ -123,3 +130,36 @@ def test_models_that_attend_to_everything_attend_by_request(
     family: str, settings: dict[str, Any], can: bool
 ) -> None:
     assert can_attend_by_request(tiny_model(family, **settings)) is can
+
+
+def test_what_it_does_not_do_is_refused() -> None:
+    tokens = torch.zeros(1, 1, 1, WIDTH)
+    made = plan([0, 1], [0, 1], torch.tensor([], dtype=torch.int64), torch.float32)
+    with pytest.raises(ValueError, match="softcap"):
+        attend(nn.Module(), tokens, tokens, tokens, None, cache=None, attention_plan=made, softcap=30.0)
+
+
+@pytest.mark.parametrize("lengths", [[2000] + [33] * 63, [64] * 64, [1, 500, 2, 480]], ids=len)
+def test_padding_at_most_doubles_what_is_read(lengths: list[int]) -> None:
+    number = len(lengths)
+    ends = list(accumulate(lengths, initial=0))
+    made = plan(list(range(number + 1)), ends, torch.arange(ends[-1]), torch.float32)
+    assert ends[-1] <= len(made.read) <= 2 * ends[-1]
+
+
+@pytest.mark.parametrize(
+    ("requests", "most"),
+    [
+        ([(40, 40)] * 8, 1),
+        ([(10, 42), (12, 44), (9, 41)], 2),
+        ([(512, 2000)] + [(8, 40)] * 20 + [(1, 30)] * 40, 2),
+        ([(3, 3), (500, 500), (2, 1800), (1, 1800), (1, 2)], 4),
+    ],
+    ids=["alike", "of one prefix", "one long", "all different"],
+)
+def test_padding_costs_little(requests: list[tuple[int, int]], most: int) -> None:
+    """In products of tokens and keys, which is what is computed: of two groups, each less than twofold."""
+    ends_q, ends_k = (list(accumulate((each[i] for each in requests), initial=0)) for i in (0, 1))
+    made = plan(ends_q, ends_k, torch.arange(ends_k[-1]), torch.float32)
+    computed = sum(math.prod(group.shape) for group in made.groups)
+    assert computed <= most * sum(new * total for new, total in requests)

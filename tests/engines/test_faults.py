@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from modulation.levels import Threshold
 from modulation.masks import Mask
 from server.engines.base import EngineUnavailableError, GenerationError, Sampling
-from server.engines.batching import is_out_of_memory
+from server.engines.batching import LevelManager, is_out_of_memory
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import collect, is_idle, tokens, until
 from tests.engines.test_transformers import ask, serving
@@ -117,6 +117,26 @@ async def test_while_it_is_rebuilt_requests_are_refused_at_once(engine: Transfor
         release.set()
     await until(lambda: engine.healthy().ready)
     assert isinstance(failed.exception(), EngineUnavailableError)
+
+
+async def test_a_cache_that_cannot_be_allocated_once_can_be_the_next_time(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, allocate, fault = engine._manager, LevelManager.warmup, Fault(engine)
+    failures = iter([MemoryError("no room now")])
+
+    def fail_once(manager: LevelManager) -> None:
+        for error in failures:
+            raise error
+        allocate(manager)
+
+    monkeypatch.setattr(LevelManager, "warmup", fail_once)
+    fault.times = 1
+    with pytest.raises(EngineUnavailableError):
+        await collect(engine.generate(ask("hello")))
+    await until(lambda: engine._manager is not before and engine.healthy().ready)
+    assert engine.tallies().num_restarts == 2
+    assert await collect(engine.generate(ask("hello")))
 
 
 async def test_the_mask_in_force_stays_in_force(engine: TransformersEngine, folder: Path) -> None:

@@ -4,53 +4,71 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from server.engines.threads import in_passing_thread
-
-
-def test_work_runs_on_a_thread_that_has_ended_when_the_call_returns() -> None:
-    assert in_passing_thread(threading.current_thread)() is not threading.current_thread()
-    assert not in_passing_thread(threading.current_thread)().is_alive()
+from server.engines.threads import on_one_core
 
 
-def test_arguments_and_result_pass_through() -> None:
-    assert in_passing_thread(divmod)(17, 5) == (3, 2)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_what_the_work_raises_is_raised(error: type[BaseException]) -> None:
-    def fail() -> None:
-        raise error("why")
-
-    with pytest.raises(error, match="why"):
-        in_passing_thread(fail)()
+def test_there_is_one_core_within_the_block_and_as_many_as_before_after_it() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="why"), on_one_core():
+            seen = [torch.get_num_threads()]
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            raise ValueError("why")
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 _COUNT_HELPERS = """
 import os, threading
 import torch
-from server.engines.threads import in_passing_thread
+from server.engines.threads import on_one_core
 
 def work():
-    return torch.ones(2000, 2000).sum().item()
+    return torch.ones(2000, 2000).sum().item() + (torch.ones(500, 500) @ torch.ones(500, 500)).sum().item()
 
 def num_helpers():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 
 torch.set_num_threads(3)
 before = num_helpers()
-in_passing_thread(work)()
-in_passing_thread(work)()
-while num_helpers() > before:  # they leave after their thread
-    os.sched_yield()
+with on_one_core():
+    work()
+within = num_helpers()
 work()
-print(num_helpers() - before)
+print(within - before, num_helpers() - before)
+"""
+
+_COUNT_OF_ENGINE = """
+import asyncio, os, threading
+import torch
+torch.set_num_threads(3)
+from modulation.demo import MASK_FILE, MODEL_DIR
+from server.engines.transformers import TransformersEngine
+
+before = len(os.listdir("/proc/self/task")) - threading.active_count()
+engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
+print(len(os.listdir("/proc/self/task")) - threading.active_count() - before)
+asyncio.run(engine.close())
 """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
-def test_no_helpers_of_torch_stay() -> None:
-    """They stay after work on a thread that lives on, two beside it."""
-    command = [sys.executable, "-c", _COUNT_HELPERS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == ["2"]
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        # The second number shows that the work is large enough to have helpers.
+        (_COUNT_HELPERS, ["0", "2"]),
+        (_COUNT_OF_ENGINE, ["2"]),
+    ],
+    ids=["work on one core", "the steps of an engine"],
+)
+def test_only_the_steps_have_helpers(code: str, expected: list[str]) -> None:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == expected
