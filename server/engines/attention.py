@@ -5,7 +5,8 @@ level and no mask of neurons.
 
 Without flash attention, transformers lets all tokens of a step attend to all keys through one matrix that
 masks other requests' keys: its cost grows with the square of the number of requests. Here each request
-attends to its own keys; those of similar lengths do so as one batch.
+attends to its own keys; those of similar lengths do so as one batch. Where there is little to compute, the
+matrix stays.
 """
 
 from collections import defaultdict
@@ -21,6 +22,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 NAME: Final = "sdpa_by_request"
+# So many products of a token and a key are computed sooner than requests are told apart.
+_FEW: Final = 8192
 # What some models ask of attention, and this does not do.
 _UNKNOWN: Final = ("softcap", "s_aux", "position_bias", "dropout")
 
@@ -81,6 +84,8 @@ def plan(ends_q: list[int], ends_k: list[int], read: Tensor, dtype: torch.dtype)
     (keys,): where the cache has the keys, request after request; empty if there are none but the new ones."""
     first_q, first_k = np.array(ends_q[:-1]), np.array(ends_k[:-1])
     num_q, num_k = np.diff(ends_q), np.diff(ends_k)
+    if len(num_q) > 1 and ends_q[-1] * ends_k[-1] <= _FEW:
+        return Plan([_all_at_once(first_q, first_k, num_q, num_k, dtype)], read, None, None)
     groups: list[Group] = []
     keys: list[np.ndarray] = []  # by group: which of all keys it takes
     order = np.empty(ends_q[-1], dtype=np.int64)
@@ -117,6 +122,17 @@ def plan(ends_q: list[int], ends_k: list[int], read: Tensor, dtype: torch.dtype)
     return Plan(
         groups, read[taken] if len(read) else read, own, None if in_order else torch.from_numpy(order)
     )
+
+
+def _all_at_once(
+    first_q: np.ndarray, first_k: np.ndarray, num_q: np.ndarray, num_k: np.ndarray, dtype: torch.dtype
+) -> Group:
+    """All tokens and all keys as one request's, with others' keys left out."""
+    last_k = np.repeat(first_k + num_k - num_q - first_q, num_q) + np.arange(num_q.sum())
+    places = np.arange(num_k.sum())
+    seen = (places >= np.repeat(first_k, num_q)[:, None]) & (places <= last_k[:, None])
+    mask = np.where(seen, np.float32(0), np.float32(-np.inf))
+    return Group((1, *mask.shape), None, slice(0, len(places)), torch.from_numpy(mask)[None, None].to(dtype))
 
 
 def _is_range(numbers: np.ndarray) -> bool:
