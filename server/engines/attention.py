@@ -174,7 +174,8 @@ def attend(
         ValueError: the model asks for what this is not.
     """
     for name in _UNKNOWN:
-        if arguments.get(name) not in (None, 0.0):
+        given = arguments.get(name)
+        if isinstance(given, Tensor) or given:
             raise ValueError(f"Attention by request does not know {name}.")
     key, value = cache.update(key, value, module.layer_idx, arguments)  # (1, heads of keys, keys, width)
     if attention_plan.own is not None:

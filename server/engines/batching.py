@@ -1,4 +1,4 @@
-"""transformers' batching manager with a level for every request: sampling, and a cache per level.
+"""transformers' batching manager with a level for every request: sampling, attention, and a cache per level.
 
 Knows the manager's paged cache and how it names blocks. Knows nothing of masks but a number; it and the
 threshold's two arrive in the request id, which survives everything the scheduler does to a request. A fourth

@@ -4,8 +4,8 @@ Knows how torch runs on several cores. Knows no model.
 
 Each thread that has run a large enough operation keeps helpers of its own, one a core, for as long as it
 lives (libgomp). With those of two threads there are more than cores, and from then on all helpers sleep
-between operations and must be woken for each: measured on two cores, a step of the demo model takes twice as
-long (docs/measurements.md). So beside the steps, tensors are worked on without helpers.
+between operations and must be woken for each: what that costs is in docs/measurements.md. So beside the
+steps, tensors are worked on without helpers.
 """
 
 from collections.abc import Iterator

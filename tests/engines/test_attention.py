@@ -136,11 +136,16 @@ def test_models_that_attend_to_everything_attend_by_request(
     assert can_attend_by_request(tiny_model(family, **settings)) is can
 
 
-def test_what_it_does_not_do_is_refused() -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_it_does_not_do_is_refused(asked: dict[str, Any]) -> None:
     tokens = torch.zeros(1, 1, 1, WIDTH)
     made = plan([0, 1], [0, 1], torch.tensor([], dtype=torch.int64), torch.float32)
-    with pytest.raises(ValueError, match="softcap"):
-        attend(nn.Module(), tokens, tokens, tokens, None, cache=None, attention_plan=made, softcap=30.0)
+    with pytest.raises(ValueError, match=f"does not know {next(iter(asked))}"):
+        attend(nn.Module(), tokens, tokens, tokens, None, cache=None, attention_plan=made, **asked)
 
 
 @pytest.mark.parametrize("lengths", [[2000] + [33] * 63, [64] * 64, [1, 500, 2, 480]], ids=len)
