@@ -1,12 +1,13 @@
-"""What metrics cost: two servers of the demo model, one of which counts nothing, in alternating rounds.
+"""What metrics cost: a server of the demo model that counts in one round and counts nothing in the next.
 
-In a round, `--concurrency` clients each stream `--requests` answers from one of the two while the other
-idles; rounds alternate in shuffled order. The one without metrics runs with an object in their place whose
-methods do nothing, and its engine tallies nothing. Printed: the median over the pairs of rounds of the
-ratio of tokens per second with to without (checked: at least 0.98), and of the server's CPU seconds per
-token, which other work on the machine disturbs less. Then a server of the fake engine finishes `--finished`
-answers, and `/metrics` is asked for (checked: half of the answers within 10 ms). Exit code 1 if a check
-fails.
+In a round, `--concurrency` clients each stream `--requests` answers; pairs of rounds, with metrics and
+without, in shuffled order. It is one process, told by a signal which is next, because two processes of the
+same code differ by several percent. Without metrics, their methods do nothing and the engine tallies
+nothing. Printed: the median over the pairs of the ratio of tokens per second with to without (checked: at
+least 0.98), and of the server's CPU seconds per token, which other work on the machine disturbs less.
+With `--control` nothing is switched: how far from 1 the machine alone takes the ratio. Then a server of the
+fake engine finishes `--finished` answers, and `/metrics` is asked for (checked: half of the answers within
+10 ms). Exit code 1 if a check fails.
 
     python -m benchmarks.metrics
 """
@@ -17,11 +18,11 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,12 +31,13 @@ import psutil
 import uvicorn
 
 from benchmarks.serving import served
-from benchmarks.two_versions import Running, one_round, running
+from benchmarks.two_versions import one_round, running
 from benchmarks.wire import Connection, Raw
-from server.engines.base import Engine, Output
+from server.engines.base import Output
 
 HERE: Final = Path(__file__).resolve().parents[1]
-PORTS: Final = {"with": 8139, "without": 8140}
+PORT: Final = 8139
+SIGNALS: Final = {"with": signal.SIGUSR1, "without": signal.SIGUSR2}
 MIN_RATIO: Final = 0.98
 MAX_SECONDS: Final = 0.010
 NUM_CONNECTIONS: Final = 8
@@ -44,8 +46,8 @@ NUM_SCRAPES: Final = 100
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.serve is not None:
-        _serve(arguments.serve)
+    if arguments.serve:
+        _serve(is_switched=not arguments.control)
         return
     rounds = asyncio.run(_rounds(arguments))
     with served(["--engine", "fake"]) as server:
@@ -57,18 +59,16 @@ def main() -> None:
 
 
 async def _rounds(arguments: argparse.Namespace) -> list[dict[str, tuple[float, float]]]:
-    """For each pair of rounds, by server: tokens per second, and CPU seconds per token."""
-    source, pairs = random.Random(arguments.seed), []
-    async with AsyncExitStack() as stack:
-        servers: dict[str, Running] = {}
-        for name, port in PORTS.items():
-            command = [sys.executable, "-m", "benchmarks.metrics", "--serve", name]
-            servers[name] = await stack.enter_async_context(running(command, port, HERE))
+    """For each pair of rounds, with and without: tokens per second, and CPU seconds per token."""
+    source = random.Random(arguments.seed)
+    pairs: list[dict[str, tuple[float, float]]] = []
+    command = [sys.executable, "-m", "benchmarks.metrics", "--serve", *["--control"] * arguments.control]
+    async with running(command, PORT, HERE) as (client, process):
         ends = time.monotonic() + arguments.seconds
         while time.monotonic() < ends or len(pairs) <= arguments.warmup:
             pair = {}
-            for name in source.sample(list(servers), len(servers)):
-                client, process = servers[name]
+            for name in source.sample(list(SIGNALS), len(SIGNALS)):
+                process.send_signal(SIGNALS[name])
                 before, begun = _cpu_seconds(process.pid), time.perf_counter()
                 _, speed = await one_round(client, arguments.concurrency, arguments.requests)
                 num_tokens = speed * (time.perf_counter() - begun)
@@ -82,38 +82,42 @@ def _cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def _serve(name: str) -> None:
-    """The demo model on a fixed port, with metrics or without, until a signal."""
+def _serve(*, is_switched: bool) -> None:
+    """The demo model on a fixed port until a signal ends it; others switch its metrics, if any does."""
     import server.app
     from modulation.demo import MASK_FILE, MODEL_DIR
     from server.engines.transformers import TransformersEngine
+    from server.metrics import Metrics
     from server.settings import Settings
 
     engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
-    if name == "without":
-        server.app.Metrics = _no_metrics()  # type: ignore[misc]
-        engine._manager.processors._tally = None
     app = server.app.create_app(Settings(default_level="off"), engine)
-    uvicorn.run(app, port=PORTS[name], log_level="warning")
+    processors = engine._manager.processors
+    counting = {name: getattr(Metrics, name) for name in ("granted", "answered", "measured")}
+    tally = processors._tally
+
+    def switch(number: int, _frame: object) -> None:
+        counts = not is_switched or number == SIGNALS["with"]
+        for name, method in (counting if counts else NOTHING).items():
+            setattr(Metrics, name, method)
+        processors._tally = tally if counts else None
+
+    for number in SIGNALS.values():
+        signal.signal(number, switch)
+    uvicorn.run(app, port=PORT, log_level="warning")
 
 
-def _no_metrics() -> Any:
-    from server.metrics import Metrics
+def _nothing(*_: object) -> None:
+    pass
 
-    class NoMetrics(Metrics):
-        def __init__(self, engine: Engine) -> None:
-            super().__init__(engine)
 
-        def granted(self, *_: object) -> None:
-            pass
+def _unmeasured(
+    _metrics: object, outputs: AsyncGenerator[Output, None], *_: object
+) -> AsyncGenerator[Output, None]:
+    return outputs
 
-        def answered(self, *_: object) -> None:
-            pass
 
-        def measured(self, outputs: AsyncGenerator[Output, None], *_: object) -> AsyncGenerator[Output, None]:
-            return outputs
-
-    return NoMetrics
+NOTHING: Final = {"granted": _nothing, "answered": _nothing, "measured": _unmeasured}
 
 
 async def _finish(port: int, number: int) -> None:
@@ -164,7 +168,7 @@ def _report(
         "seed": arguments.seed,
         "command": "python -m benchmarks.metrics " + " ".join(sys.argv[1:]),
         "tokens_per_second": {
-            name: round(statistics.median(each[name][0] for each in rounds), 1) for name in PORTS
+            name: round(statistics.median(each[name][0] for each in rounds), 1) for name in SIGNALS
         },
         "throughput_ratio": round(ratio, 4),
         "throughput_quartiles": [round(ratios[len(ratios) * part // 4], 4) for part in (1, 3)],
@@ -193,7 +197,8 @@ def _arguments() -> Any:
     parser.add_argument("--requests", type=int, default=3, help="of each client in a round")
     parser.add_argument("--finished", type=int, default=10_000, help="answers before /metrics is asked for")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--serve", choices=PORTS, help=argparse.SUPPRESS)
+    parser.add_argument("--control", action="store_true", help="count in every round")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
