@@ -26,7 +26,7 @@ from modulation.tuning.aims import Aims
 from modulation.tuning.drafting import untouched
 from modulation.tuning.factors import FactorShape
 from modulation.tuning.meta import Learned, OnStep, adapt, learn
-from modulation.tuning.objective import Objective
+from modulation.tuning.objective import Objective, base_margins
 from modulation.tuning.pruning import NUM_BATCHES, costliest, removal_costs, with_sets
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 from modulation.tuning.stages import Stage
@@ -88,6 +88,8 @@ def tune(
     """
     forcing = Forcing(model, tokenizer)
     tasks = tasks_from(data, forcing, needs_families=run.settings.method == "maml")
+    if run.settings.benign_draws > 1:
+        tasks = _nearest_first(model, tasks, run.settings.benign_draws)
     validation_tasks = tasks_from(validation, forcing, needs_families=False) if validation else None
     key = _key(mask, data, validation, run, str(model.device), str(model.dtype))
     candidates = Threshold(len(mask.safety), len(mask.utility))
@@ -116,6 +118,13 @@ def tune(
     }
     made = _with_factors(mask, objective.shape, learned.parameters, "tuning", record, digests, run.seed)
     return Tuned(_with_anchors(made, objective.aims), learned)
+
+
+def _nearest_first(model: PreTrainedModel, tasks: Tasks, benign_draws: int) -> Tasks:
+    """The tasks with the benign prompts in order: first the one that the model is nearest to refusing."""
+    margins = base_margins(model, tasks.benign)
+    order = sorted(range(len(margins)), key=lambda row: -margins[row])
+    return replace(tasks, benign=tuple(tasks.benign[row] for row in order), benign_draws=benign_draws)
 
 
 def _pruned(model: PreTrainedModel, tasks: Tasks, stage: Stage, run: TuningRun, on_step: OnStep) -> Mask:

@@ -4,7 +4,7 @@ Knows kinds of prompts and attack families. Knows nothing of models or losses.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -46,12 +46,14 @@ class Drawn:
 @dataclass(frozen=True)
 class Tasks:
     """Prompts by kind, attacked ones by family. A task of meta-learning is an attack family; the prompts
-    of the other kinds belong to every task."""
+    of the other kinds belong to every task. Where `benign` prompts are in order, the nearest to being
+    refused first, the first of `benign_draws` that are drawn is learned from."""
 
     attacked: Mapping[str, tuple[Prompt, ...]]
     harmful: tuple[Prompt, ...]
     borderline: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
+    benign_draws: int = 1
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -60,12 +62,19 @@ class Tasks:
     def draw(self, source: random.Random, size: int, aims: Aims, families: Sequence[str]) -> Drawn:
         """About `size` prompts: attacked ones of `families` alone, others of all."""
         pool = [prompt for name in families for prompt in self.attacked[name]]
+        draws: dict[Kind, Callable[[], Prompt]] = {
+            "attacked": lambda: source.choice(pool),
+            "harmful": lambda: source.choice(self.harmful),
+            "borderline": lambda: source.choice(self.borderline),
+            "benign": lambda: self._benign(source),
+        }
         prompts = [
-            source.choice(pool if kind == "attacked" else getattr(self, kind))
-            for kind, share in SHARES.items()
-            for _ in range(max(1, round(share * size)))
+            draws[kind]() for kind, share in SHARES.items() for _ in range(max(1, round(share * size)))
         ]
         return Drawn(tuple(prompts), tuple(aims.draw(source) for _ in prompts))
+
+    def _benign(self, source: random.Random) -> Prompt:
+        return self.benign[min(source.randrange(len(self.benign)) for _ in range(self.benign_draws))]
 
     def support_and_query(self, source: random.Random) -> tuple[list[str], list[str]]:
         """A family to adapt to, and the others."""
