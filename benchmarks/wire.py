@@ -68,7 +68,8 @@ class Answer:
 
 
 class Connection:
-    """A connection that is opened when it is needed, and kept as long as both sides keep it.
+    """A connection that is opened when it is needed, and kept as long as both sides keep it: one that the
+    server has closed meanwhile, as it may after some idle seconds, is opened anew.
 
     Reading raises EOFError where the server has closed it, sending OSError.
     """
@@ -78,6 +79,8 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def open(self) -> None:
+        if self._streams is not None and self._streams[0].at_eof():
+            self.drop()
         if self._streams is None:
             self._streams = await asyncio.open_connection(HOST, self._port)
 

@@ -1,0 +1,1 @@
+"""This server beside what would be used instead: the same model, prompts and load, in one run."""

@@ -1,0 +1,209 @@
+"""This server beside what would be used instead: every contender a real server on loopback, in one run.
+
+All have the same weights, dtype, cores and prompts. They stay up together and are asked in turns, in rounds
+of shuffled order, so that drift of the machine touches all alike; since two processes of the same code differ
+by some percent, everything is started anew `--starts` times. Every prompt is new. Tokens are counted from the
+answers' text, with one tokenizer for all. Printed: a table for each load, ratios of tokens per second with
+their quartiles over all rounds, and of the time to the first text; the last line is JSON.
+
+    python -m benchmarks.contenders                                    five minutes, without vLLM
+    python -m benchmarks.contenders --full --vllm .venv-vllm/bin/python
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.contenders.load import Asker, Load, Measured
+from benchmarks.contenders.sides import Setting, Side, Started, contenders, ratios, sides, started
+from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.masks import Mask
+
+BRIEF = (Load(1, 6), Load(16, 2))
+FULL = (
+    *(Load(concurrency, per_client) for concurrency, per_client in ((1, 6), (4, 3), (16, 2), (32, 2))),
+    *(Load(16, 1, prompts) for prompts in ("long", "shared")),
+    Load(1, 24, rate=12.0),
+)
+
+
+def main() -> None:
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended by SIGTERM."))  # and the servers with it
+    with tempfile.TemporaryDirectory() as folder:
+        setting = _setting(arguments, Path(folder))
+        chosen = {name: side for name, side in sides(setting).items() if _is_wanted(name, arguments.only)}
+        tokenizer = AutoTokenizer.from_pretrained(setting.model)
+        run = _Run(setting, chosen, Asker(tokenizer, arguments.max_tokens), arguments)
+        for number in range(arguments.starts):
+            run.start(number)
+    run.report()
+
+
+class _Run:
+    def __init__(
+        self, setting: Setting, chosen: dict[str, Side], asker: Asker, arguments: argparse.Namespace
+    ) -> None:
+        self._setting = setting
+        self._sides = chosen
+        self._asker = asker
+        self._arguments = arguments
+        self._loads = FULL if arguments.full else BRIEF
+        self._source = random.Random(arguments.seed)
+        self._rounds: dict[str, dict[str, list[Measured]]] = {
+            load.name: {name: [] for name in chosen} for load in self._loads
+        }
+        self._start_seconds: dict[str, list[float]] = {}
+        self._memory: dict[str, list[float]] = {}
+
+    def start(self, number: int) -> None:
+        """Start all, ask all, end all."""
+        known = contenders(self._setting)
+        needed = dict.fromkeys(side.contender for side in self._sides.values())
+        with ExitStack() as stack:
+            running: dict[str, Started] = {}
+            for name in needed:
+                log = stack.enter_context((self._arguments.logs / f"{name}-{number}.log").open("wb"))
+                running[name] = stack.enter_context(started(name, known[name], log))
+                self._start_seconds.setdefault(name, []).append(running[name].seconds)
+                _say(f"{name}: ready in {running[name].seconds:.1f} s")
+            asyncio.run(self._ask_all(running))
+            for name, each in running.items():
+                self._memory.setdefault(name, []).append(each.memory_mb())
+
+    async def _ask_all(self, running: dict[str, Started]) -> None:
+        for load in self._loads:
+            for turn in range(-self._arguments.warmup, self._arguments.rounds):
+                for name in self._source.sample(list(self._sides), len(self._sides)):
+                    side = self._sides[name]
+                    ports = running[side.contender].ports
+                    measured = await self._asker.round(load, partial(side.target, ports), self._source)
+                    if turn >= 0:
+                        self._rounds[load.name][name].append(measured)
+            _say(f"{load.name}: {self._arguments.rounds} rounds")
+
+    def report(self) -> None:
+        """The tables, the ratios, and all of it as JSON."""
+        found: dict[str, Any] = {"loads": {}, "ratios": {}}
+        for load, rounds in self._rounds.items():
+            _say(f"\n{load:<32} {'tokens/s':>8}   first text, ms{'between texts, ms':>25}")
+            _say(f"{'':<41}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
+            found["loads"][load] = {name: _medians(each) for name, each in rounds.items()}
+            for name, row in found["loads"][load].items():
+                cells = "".join(f"{row[key]:8.1f}" for key in list(row)[1:4])
+                gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[4:])
+                _say(f"  {name:<30} {row['tokens_per_second']:8.1f}{cells}   {gaps}")
+            found["ratios"][load] = self._ratios(rounds)
+            for name, ratio in found["ratios"][load].items():
+                _say(
+                    f"  {name:<36} {ratio['median']:6.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}),"
+                    f" first text {ratio['first_text']:.3f}"
+                )
+        found["start_seconds"] = {name: round(min(each), 2) for name, each in self._start_seconds.items()}
+        found["memory_mb"] = {name: round(max(each), 1) for name, each in self._memory.items()}
+        _say(f"\nseconds to ready  {found['start_seconds']}\nMB resident       {found['memory_mb']}")
+        setting = {
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "model": os.path.relpath(self._setting.model),
+            "seed": self._arguments.seed,
+            "starts": self._arguments.starts,
+            "rounds": self._arguments.rounds,
+            "command": "python -m benchmarks.contenders " + " ".join(sys.argv[1:]),
+        }
+        _say("\n".join(f"{name:<10} {value}" for name, value in setting.items()))
+        _say(json.dumps({**setting, **found}))
+
+    def _ratios(self, rounds: dict[str, list[Measured]]) -> dict[str, dict[str, float]]:
+        found = {}
+        for name, (ours, theirs) in ratios(self._setting.engines).items():
+            if ours in rounds and theirs in rounds:
+                pairs = list(zip(rounds[ours], rounds[theirs], strict=True))
+                speeds = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
+                low, median, high = statistics.quantiles(speeds, n=4)
+                firsts = statistics.median(a.first_ms[50] / b.first_ms[50] for a, b in pairs)
+                found[name] = {
+                    "median": round(median, 4), "low": round(low, 4), "high": round(high, 4),
+                    "first_text": round(firsts, 4),
+                }  # fmt: skip
+        return found
+
+
+def _medians(rounds: list[Measured]) -> dict[str, float]:
+    row = {"tokens_per_second": statistics.median(each.tokens_per_second for each in rounds)}
+    for kind in ("first_ms", "gap_ms"):
+        for percent in (50, 95, 99):
+            row[f"{kind}_p{percent}"] = statistics.median(getattr(each, kind)[percent] for each in rounds)
+    return {name: round(value, 3) for name, value in row.items()}
+
+
+def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
+    mask = Mask.load(arguments.mask)
+    setting = Setting(
+        str(arguments.model), arguments.mask, mask.levels, arguments.max_num_seqs, arguments.vllm
+    )
+    if not arguments.vllm:
+        return setting
+    adapters = folder / "adapters"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "server", "export", "lora", "--model", setting.model),
+            *("--mask", str(setting.mask), "--out", str(adapters)),
+        ],
+        check=True,
+    )
+    return Setting(**{**setting.__dict__, "adapters": adapters})
+
+
+def _is_wanted(name: str, only: str) -> bool:
+    return not only or any(part.strip() in name for part in only.split(","))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _arguments() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="a Hugging Face folder")
+    parser.add_argument("--mask", type=Path, default=MASK_FILE, help="its mask file")
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="of an environment with vLLM, such as make vllm-env's"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="1, 4, 16 and 32 at once, long prompts, Poisson arrivals"
+    )
+    parser.add_argument("--only", default="", help="parts of the sides' names, separated by commas")
+    parser.add_argument("--starts", type=int, default=2, help="how often everything is started anew")
+    parser.add_argument("--rounds", type=int, default=6, help="counted rounds of each side, load and start")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds not counted, before those")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at once, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of sides and of arrivals")
+    parser.add_argument(
+        "--logs", type=Path, default=Path(tempfile.gettempdir()), help="a folder for servers' logs"
+    )
+    arguments = parser.parse_args()
+    if arguments.rounds * arguments.starts < 2:
+        parser.error("at least 2 rounds are needed for a spread")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

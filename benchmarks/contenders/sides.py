@@ -1,0 +1,248 @@
+"""The contenders: how each is started, and the sides of a comparison, which say what each is asked.
+
+Knows command lines. Knows nothing of measures.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+import psutil
+
+from benchmarks.contenders.load import Target
+from modulation.levels import OFF, SafetyLevels
+
+ENGINES: Final = ("transformers", "vllm")
+HERE: Final = Path(__file__).resolve().parents[2]
+READY_SECONDS: Final = 300.0
+EXIT_SECONDS: Final = 60.0
+MODEL: Final = "bench"
+_QUIET: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders have in common. `vllm_python` is of an environment that holds vLLM, and `adapters`
+    a folder with a folder for each level."""
+
+    model: str
+    mask: Path
+    levels: SafetyLevels
+    max_num_seqs: int
+    vllm_python: str | None = None
+    adapters: Path | None = None
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return ENGINES if self.vllm_python else ENGINES[:1]
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The mask's levels, without `off`."""
+        return tuple(name for name in self.levels.names if name != OFF)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server as one would start it; `commands` are of its processes, `{port}` where each has its own."""
+
+    commands: Sequence[Sequence[str]]
+    ready: str = "/health"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A contender, and where its request number n goes, given the ports of its processes."""
+
+    contender: str
+    target: Callable[[Sequence[int], int], Target]
+
+
+def contenders(setting: Setting) -> dict[str, Contender]:
+    """By name, all that this machine can start."""
+    found = {
+        "ours, transformers": Contender((_ours(setting, sys.executable, "off"),), "/ready"),
+        "transformers serve": Contender(
+            (
+                (
+                    f"{Path(sys.executable).parent}/transformers",
+                    *("serve", setting.model, "--continuous-batching", "--device", "cpu"),
+                    *(
+                        "--dtype",
+                        "float32",
+                        "--host",
+                        "127.0.0.1",
+                        "--port",
+                        "{port}",
+                        "--log-level",
+                        "error",
+                    ),
+                ),
+            )
+        ),
+        "plain hooks": Contender(
+            (
+                (
+                    *(sys.executable, "-m", "benchmarks.contenders.plain_hooks", "--port", "{port}"),
+                    *("--model", setting.model, "--mask", str(setting.mask)),
+                ),
+            )
+        ),
+        "a replica a level": Contender(
+            [_ours(setting, sys.executable, name) for name in setting.levels.names],
+            "/ready",
+            {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(setting.levels.names)))},
+        ),
+    }
+    if setting.vllm_python:
+        memory = str(2**28)
+        ours = _ours(setting, setting.vllm_python, "off")
+        found["ours, vllm"] = Contender(
+            ((*ours, "--engine", "vllm", "--vllm-arg", f"kv_cache_memory_bytes={memory}"),), "/ready", _QUIET
+        )
+        stock = (
+            *(str(Path(setting.vllm_python).parent / "vllm"), "serve", setting.model, "--dtype", "float32"),
+            *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"),
+            *("--max-num-seqs", str(setting.max_num_seqs), "--kv-cache-memory-bytes", memory),
+        )
+        found["vllm serve"] = Contender((stock,), environment=_QUIET)
+        if setting.adapters:
+            modules = [f"{name}={setting.adapters / name}" for name in setting.named]
+            adapted = ("--enable-lora", "--max-loras", str(len(modules) + 1), "--lora-modules", *modules)
+            found["vllm serve, adapters"] = Contender(((*stock, *adapted),), environment=_QUIET)
+    return found
+
+
+def _ours(setting: Setting, python: str, default_level: str) -> tuple[str, ...]:
+    return (
+        *(python, "-m", "server", "serve", "--model", setting.model, "--mask", str(setting.mask)),
+        *("--served-model-name", MODEL, "--dtype", "float32", "--port", "{port}"),
+        *("--max-num-seqs", str(setting.max_num_seqs)),
+        *("--default-level", default_level, "--log-level", "error"),
+    )
+
+
+def sides(setting: Setting) -> dict[str, Side]:
+    """By name. `mixed` and `adapters` ask for the modulated levels in turn, `distinct` for as many numbers of
+    safety neurons as there are, `four` for all levels with `off`, as the replicas do."""
+    most = setting.levels.maximum.num_safety
+    every = setting.levels.names
+
+    def ours(engine: str, level: Callable[[int], str]) -> Side:
+        return Side(f"ours, {engine}", lambda ports, n: Target(ports[0], MODEL, {"X-Safety-Level": level(n)}))
+
+    found: dict[str, Side] = {}
+    for engine in setting.engines:
+        found |= {
+            f"{engine}: off": ours(engine, lambda _n: OFF),
+            f"{engine}: one": ours(engine, lambda _n: str(most // 2)),
+            f"{engine}: mixed": ours(engine, lambda n: setting.named[n % len(setting.named)]),
+            f"{engine}: distinct": ours(engine, lambda n: str(n % most + 1)),
+            f"{engine}: four": ours(engine, lambda n: every[n % len(every)]),
+        }
+    found |= {
+        "transformers serve": Side("transformers serve", _alike(setting.model)),
+        "plain hooks": Side(
+            "plain hooks",
+            lambda ports, n: Target(
+                ports[0], MODEL, {"X-Safety-Level": setting.named[n % len(setting.named)]}
+            ),
+        ),
+        "a replica a level": Side("a replica a level", lambda ports, n: Target(ports[n % len(ports)], MODEL)),
+        "vllm serve": Side("vllm serve", _alike(MODEL)),
+        "vllm serve, adapters": Side(
+            "vllm serve, adapters", lambda ports, n: Target(ports[0], setting.named[n % len(setting.named)])
+        ),
+    }
+    started = contenders(setting)
+    return {name: side for name, side in found.items() if side.contender in started}
+
+
+def _alike(model: str) -> Callable[[Sequence[int], int], Target]:
+    return lambda ports, _n: Target(ports[0], model)
+
+
+def ratios(engines: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """By name, the two sides of each ratio."""
+    found: dict[str, tuple[str, str]] = {}
+    for engine in engines:
+        found |= {
+            f"{engine}: mixed_vs_off": (f"{engine}: mixed", f"{engine}: off"),
+            f"{engine}: distinct_vs_one": (f"{engine}: distinct", f"{engine}: one"),
+            f"{engine}: vs_transformers_serve": (f"{engine}: off", "transformers serve"),
+            f"{engine}: vs_plain_hooks": (f"{engine}: mixed", "plain hooks"),
+            f"{engine}: vs_replicas": (f"{engine}: four", "a replica a level"),
+            f"{engine}: vs_vllm": (f"{engine}: off", "vllm serve"),
+            f"{engine}: vs_vllm_adapters": (f"{engine}: mixed", "vllm serve, adapters"),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Started:
+    """A contender that answers."""
+
+    ports: tuple[int, ...]
+    processes: tuple[subprocess.Popen[bytes], ...]
+    seconds: float
+
+    def memory_mb(self) -> float:
+        """Resident memory of its processes and of theirs; what they share counts in each."""
+        roots = [psutil.Process(each.pid) for each in self.processes]
+        family = [*roots, *(child for root in roots for child in root.children(recursive=True))]
+        return float(sum(each.memory_info().rss for each in family) / 2**20)
+
+
+@contextmanager
+def started(name: str, contender: Contender, log: IO[Any]) -> Iterator[Started]:
+    """The contender, once every process of it is ready; ended with the block. Raises SystemExit where one
+    does not become ready: `log` has what it said."""
+    ports = tuple(_free_port() for _ in contender.commands)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), **contender.environment}
+    begun = time.perf_counter()
+    processes = [
+        subprocess.Popen(
+            [part.format(port=port) for part in command],
+            cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )
+        for command, port in zip(contender.commands, ports, strict=True)
+    ]  # fmt: skip
+    try:
+        for process, port in zip(processes, ports, strict=True):
+            _await(name, process, f"http://127.0.0.1:{port}{contender.ready}", begun + READY_SECONDS)
+        yield Started(ports, tuple(processes), time.perf_counter() - begun)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _await(name: str, process: subprocess.Popen[bytes], url: str, ends: float) -> None:
+    while process.poll() is None and time.perf_counter() < ends:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise SystemExit(f"{name!r} did not become ready (exit code {process.poll()}); see its log.")

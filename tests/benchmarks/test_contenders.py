@@ -1,0 +1,146 @@
+"""The comparison with other servers: what is asked of whom, what counts as text, and the plain server."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
+from benchmarks.contenders.plain_hooks import create_app
+from benchmarks.contenders.sides import Contender, Setting, ratios, sides, started
+from benchmarks.wire import Connection, Raw
+from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.masks import Mask
+from modulation.modulator import modulated
+from modulation.opening import open_model
+
+QUESTION = "How do I bake bread?"
+
+
+def setting() -> Setting:
+    return Setting(str(MODEL_DIR), MASK_FILE, Mask.load(MASK_FILE).levels, 8, "python", Path("adapters"))
+
+
+@pytest.mark.parametrize("level", ["off", "security-critical"])
+def test_the_plain_server_streams_what_the_modulated_model_says(level: str) -> None:
+    opened, mask = open_model("demo", "cpu", "float32"), Mask.load(MASK_FILE)
+    turns = [{"role": "user", "content": QUESTION}]
+    prompt = opened.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with modulated(opened.model, mask, mask.levels.parse(level).threshold) as model:
+        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    expected = opened.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    client = TestClient(create_app(str(MODEL_DIR), MASK_FILE))
+    answer = client.post(
+        "/v1/chat/completions",
+        json={"messages": turns, "max_tokens": 24},
+        headers={"X-Safety-Level": level},
+    )
+    assert "".join(text for _, text in _texts([(0.0, answer.content)])) == expected
+
+
+def test_levels_are_spread_as_each_side_says() -> None:
+    found = sides(setting())
+    levels = {
+        name: [found[f"transformers: {name}"].target([1], n).headers["X-Safety-Level"] for n in range(4)]
+        for name in ("off", "one", "mixed", "distinct", "four")
+    }
+    assert levels == {
+        "off": ["off"] * 4,
+        "one": ["19"] * 4,
+        "mixed": ["security-critical", "balanced", "utility-priority", "security-critical"],
+        "distinct": ["1", "2", "3", "4"],
+        "four": ["off", "security-critical", "balanced", "utility-priority"],
+    }
+    assert [found["a replica a level"].target([5, 6, 7, 8], n).port for n in range(5)] == [5, 6, 7, 8, 5]
+    named = {name for pair in ratios(("transformers", "vllm")).values() for name in pair}
+    assert named <= set(found), "every ratio is of sides that there are"
+
+
+def test_a_text_counts_from_when_its_event_is_whole() -> None:
+    event = b'data: {"choices": [{"delta": {"content": "%b"}}]}\n\n'
+    role = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
+    two = event % b"a" + event % b"b"
+    late = event % b"c"
+    parts = [(1.0, role), (2.0, two), (3.0, late[:10]), (4.0, late[10:]), (5.0, b"data: [DONE]\n\n")]
+    assert _texts(parts) == [(2.0, "ab"), (4.0, "c")]
+    with pytest.raises(RuntimeError, match="an error in a stream: overloaded"):
+        _texts([(1.0, b'data: {"error": "overloaded"}\n\n')])
+
+
+def test_percentiles_are_between_the_values_and_in_milliseconds() -> None:
+    assert percentiles([value / 1000 for value in range(101)]) == pytest.approx({50: 50, 95: 95, 99: 99})
+    assert percentiles([0.5]) == {50: 500.0, 95: 500.0, 99: 500.0}
+
+
+def test_a_contender_that_ends_before_it_is_ready_ends_the_comparison(tmp_path: Path) -> None:
+    broken = Contender((("python3", "-c", "import sys; sys.exit(3)"),))
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(SystemExit, match=r"'it' did not become ready \(exit code 3\)"),
+        started("it", broken, log),
+    ):
+        raise AssertionError("it is not ready")
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return b""
+
+
+@pytest.mark.parametrize("rate", [None, 200.0])
+def test_a_round_counts_the_tokens_of_all_answers(rate: float | None) -> None:
+    opened = open_model("demo", "cpu", "float32")
+    asker, load = Asker(opened.tokenizer, 16), Load(2, 3, rate=rate)
+    seen: list[tuple[str, str]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await _head(reader):
+            fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:-2])
+            body = json.loads(await reader.readexactly(int(fields["Content-Length"])))
+            seen.append((fields["X-Number"], body["messages"][0]["content"]))
+            event = b'data: {"choices": [{"delta": {"content": " bread"}}]}\n\n'
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+        writer.close()
+
+    async def measure() -> Measured:
+        async with await asyncio.start_server(answer, "127.0.0.1") as server:
+            port = server.sockets[0].getsockname()[1]
+            return await asker.round(
+                load, lambda n: Target(port, "m", {"X-Number": str(n)}), random.Random(0)
+            )
+
+    measured = asyncio.run(measure())
+    assert sorted(number for number, _ in seen) == list("012345")
+    assert len({prompt for _, prompt in seen}) == 6, "no prompt twice"
+    assert measured.tokens_per_second > 0 and measured.first_ms[50] > 0
+
+
+def test_a_connection_that_the_server_has_closed_is_opened_anew() -> None:
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _head(reader)
+        writer.write(b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+        closed.set()
+
+    async def ask_twice() -> list[int]:
+        async with await asyncio.start_server(once, "127.0.0.1") as server:
+            connection, statuses = Connection(server.sockets[0].getsockname()[1]), []
+            for _ in range(2):
+                closed.clear()
+                statuses.append((await connection.ask(Raw("GET", "/"))).status)
+                await closed.wait()
+                assert await connection.until_closed() == b""
+            connection.drop()
+            return statuses
+
+    closed = asyncio.Event()
+    assert asyncio.run(ask_twice()) == [204, 204]
