@@ -117,7 +117,10 @@ def serve(**flags: Any) -> None:
             lambda: reload(application),
             grace_seconds=settings.grace_seconds,
             limits=Limits(
-                settings.max_connections, settings.read_timeout_seconds, settings.request_timeout_seconds
+                settings.max_connections,
+                settings.read_timeout_seconds,
+                settings.request_timeout_seconds,
+                settings.keep_alive_seconds,
             ),
             on_refused=application.state.metrics.rejected,
         )

@@ -30,12 +30,13 @@ class Limits:
 
     At most `max_connections` are open. A request's head has `read_seconds` to arrive, and the client as long
     to read what is under way when its connection closes. A connection that takes nothing for `stall_seconds`
-    is given up, whatever it waits for.
+    is given up, whatever it waits for. Between two requests it may be idle for `keep_alive_seconds`.
     """
 
     max_connections: int = 1024
     read_seconds: float = 30.0
     stall_seconds: float = 600.0
+    keep_alive_seconds: int = 120
 
 
 def allow_files(max_connections: int) -> None:

@@ -106,6 +106,7 @@ def run(
         http=bounded(limits, on_refused),
         ws="none",  # there are no websockets here, and uvicorn would hand the connection to another protocol
         log_level=log_level,
+        timeout_keep_alive=limits.keep_alive_seconds,
         timeout_graceful_shutdown=BACKSTOP_SECONDS,
         server_header=False,
         # A header that anybody can send must not decide whose address is logged.

@@ -152,6 +152,9 @@ class Settings(BaseSettings):
     read_timeout_seconds: Seconds = Field(
         default=30, description="Longest that a request's head, and then its body, may take to arrive."
     )
+    keep_alive_seconds: Count = Field(
+        default=120, description="Longest that a connection may stay idle between two requests."
+    )
     max_connections: Count = Field(
         default=1024, description="Most connections, idle ones too; beyond that one is closed, with 429."
     )

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,19 @@ def test_serve_counts_connections_that_it_refuses() -> None:
             assert idle.recv(12) == b"HTTP/1.1 429"
     counted = 'neurontune_admission_rejections_total{model_name="demo",reason="connections"} 1.0'
     assert counted in metrics
+
+
+def test_an_idle_connection_is_kept_for_as_long_as_was_asked() -> None:
+    command = [*COMMAND, "serve", "--engine", "fake", "--port", "0", "--keep-alive-seconds", "6"]
+    with started(command) as (_, printed):
+        url = re.search(r"http://(127\.0\.0\.1):(\d+)", printed)
+        assert url, printed
+        with socket.create_connection((url[1], int(url[2])), timeout=60) as connection:
+            begun = time.monotonic()
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert time.monotonic() - begun >= 6  # uvicorn's own time is 5, the default here 120
 
 
 def test_sighup_reloads_the_keys_of_a_running_server_and_a_broken_file_changes_nothing(
