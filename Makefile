@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install serve test check audit fix dashboards bench load soak fuzz reproduce vllm-env test-vllm bench-vllm clean
+.PHONY: install serve test check audit fix dashboards bench-levels bench bench-full load soak fuzz reproduce vllm-env test-vllm bench-vllm clean
 
 install: $(INSTALLED)
 
@@ -41,8 +44,16 @@ fix: install
 dashboards: install
 	$(BIN)/python -m deploy.grafana.generate_dashboards $(ARGS)
 
-bench: install
+# What modulation costs, in one process.
+bench-levels: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)
+
+# This server beside what would be used instead, each a real server: about five minutes, and with vLLM and more loads.
+bench: install
+	$(BIN)/python -m benchmarks.contenders $(ARGS)
+
+bench-full: install $(VLLM_INSTALLED)
+	VLLM_CACHE_ROOT=$(CURDIR)/build/vllm $(BIN)/python -m benchmarks.contenders --full --vllm $(VLLM_BIN)/python $(ARGS)
 
 # Ten times as many clients as the server runs requests at once, for two minutes; fails if a check does.
 load: install
@@ -115,10 +126,6 @@ $(ADAPTATIONS): $(REPRODUCED)/adaptation-%.json: $(REPRODUCED)/mask-%.safetensor
 # vLLM has bounds of its own on transformers and fastapi, so it lives in an environment of its own: here its build
 # for CPUs, which tests and small machines use. Its metadata name a build of torch that the constraints file gives
 # under another name, so it is installed without its dependencies, and those come from a file.
-VLLM_VENV ?= .venv-vllm
-VLLM_BIN := $(VLLM_VENV)/bin
-VLLM_INSTALLED := $(VLLM_VENV)/.installed
-
 vllm-env: $(VLLM_INSTALLED)
 
 $(VLLM_INSTALLED): deploy/vllm/requirements.txt constraints.txt

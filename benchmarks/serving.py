@@ -4,6 +4,7 @@ Knows the command line and `/metrics`. Knows no client and nothing of what is as
 """
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -66,19 +67,35 @@ def value_of(text: str, metric: str) -> float:
 
 
 @contextmanager
+def ending_with_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, so that what the block has started ends with it."""
+
+    def end(*_: object) -> None:
+        sys.exit("Ended by SIGTERM.")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def served(
     flags: Sequence[str], headers: Mapping[str, str] = NO_HEADERS, errors: IO[Any] | None = None
 ) -> Iterator[Served]:
-    """A server on a free port; what it logs goes to `errors`. It is ended with the block."""
+    """A server on a free port; what it logs goes to `errors`. It is ended with the block, and that by
+    SIGTERM."""
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-level", "error", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.match(r"address +http://\S+:(\d+)", line):
-                yield Served(int(found[1]), process, headers)
-                return
-        raise SystemExit("The server ended before it was ready.")
+        with ending_with_sigterm():
+            assert process.stdout is not None
+            for line in process.stdout:
+                if found := re.match(r"address +http://\S+:(\d+)", line):
+                    yield Served(int(found[1]), process, headers)
+                    return
+            raise SystemExit("The server ended before it was ready.")
     finally:
         process.terminate()
         process.wait(EXIT_SECONDS)

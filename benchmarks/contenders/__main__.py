@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.contenders.load import Asker, Load, Measured
 from benchmarks.contenders.sides import Setting, Side, Started, contenders, ratios, sides, started
+from benchmarks.serving import ending_with_sigterm
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
 
@@ -44,8 +44,7 @@ FULL = (
 
 def main() -> None:
     arguments = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended by SIGTERM."))  # and the servers with it
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ending_with_sigterm():
         setting = _setting(arguments, Path(folder))
         chosen = {name: side for name, side in sides(setting).items() if _is_wanted(name, arguments.only)}
         tokenizer = AutoTokenizer.from_pretrained(setting.model)
