@@ -10,12 +10,14 @@ asks may come from any loop.
 
 import asyncio
 import itertools
+import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -137,7 +139,7 @@ class VllmEngine(TokenizingEngine):
         self._why_ended: str | None = None
         self._on_fatal = on_fatal
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="vllm", daemon=True)
         self._thread.start()
         self._llm: AsyncLLM | None = None
         try:
@@ -265,7 +267,8 @@ class VllmEngine(TokenizingEngine):
         except EngineUnavailableError as error:
             stream.put(error)
         except EngineDeadError:
-            stream.put(self._unavailable(_DIED))
+            self._has_died()
+            stream.put(self._unavailable())
         except Exception as error:
             cause = error.__cause__ or error
             reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
@@ -318,11 +321,23 @@ class VllmEngine(TokenizingEngine):
         await prove_in_force(self._llm, prompt)
         await self._fill(self._in_force.current.value, mask)
 
+    def _run_loop(self) -> None:
+        """vLLM's loop, on its thread. Ctrl-C in a terminal reaches every process of its group, and vLLM's
+        would end before this one has drained. They inherit what this thread blocks; the resource tracker,
+        which would unblock it as it starts, runs before."""
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._loop.run_forever()
+
     async def _watched(self) -> None:
         """Say so when vLLM has died. It is asked, since it tells nobody who is not waiting for an answer."""
         assert self._llm is not None
         while not self._llm.errored:
             await asyncio.sleep(_WATCH_SECONDS)
+        self._has_died()
+
+    def _has_died(self) -> None:
+        """On vLLM's loop. Whoever is told of it finds the engine not ready."""
         if self._why_ended is None:
             self._why_ended = _DIED
             self._fail_open_requests()
