@@ -34,6 +34,7 @@ MAX_DEPTH: Final = 64
 DEFAULT_MAX_TOKENS: Final = 16
 MAX_CHOICES: Final = 128
 MAX_TOP_LOGPROBS: Final = 20
+MAX_SALT: Final = 256
 
 T = TypeVar("T")
 
@@ -136,6 +137,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+CacheSalt = Annotated[Text, Field(min_length=1, max_length=MAX_SALT)]
 Stop = Annotated[
     list[Annotated[Text, Field(min_length=1)]],
     Field(max_length=MAX_STOPS, fail_fast=True),
@@ -192,6 +194,9 @@ class AnswerRequest(_Strict):
     )
     safety_level: Level = Field(
         default=None, description="A safety level's name, or a whole number of safety neurons."
+    )
+    cache_salt: CacheSalt | None = Field(
+        default=None, description="Prefixes are shared with requests of the same salt alone."
     )
     user: Text | None = Field(default=None, description="Who asks; recorded nowhere yet.")
 
@@ -481,6 +486,7 @@ class ChatCompletionRequest(AnswerRequest):
             max_tokens=limit,
             grammar=grammar,
             num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            cache_salt=self.cache_salt or "",
         )
         return [replace(first, sampling=self.sampling(choice)) for choice in range(self.num_choices)]
 
@@ -547,6 +553,7 @@ class CompletionRequest(AnswerRequest):
                 max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
                 num_logprobs=self.logprobs,
                 num_prompt_logprobs=self.logprobs if self.echo else None,
+                cache_salt=self.cache_salt or "",
             )
             for prompt in self.prompts
             for choice in range(self.num_choices)

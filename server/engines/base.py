@@ -154,7 +154,7 @@ class GenerateRequest:
     ones beside it; `num_prompt_logprobs` for the same of every token of the prompt. None: not asked for.
 
     `mask_digest` names the mask under which the threshold was granted; None: the one in force when the
-    request begins.
+    request begins. What is computed of the prompt is found again by requests of equal `cache_salt` alone.
     """
 
     prompt: Prompt
@@ -165,6 +165,7 @@ class GenerateRequest:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     mask_digest: str | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

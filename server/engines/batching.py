@@ -1,14 +1,16 @@
 """transformers' batching manager with a level for every request: sampling, attention, and a cache per level.
 
-Knows the manager's paged cache and how it names blocks. Knows nothing of masks but a number; it and the
-threshold's two arrive in the request id, which survives everything the scheduler does to a request. A fourth
-number there belongs to a request that must compute its whole prompt itself, and is its alone.
+Knows the manager's paged cache and how it names blocks. Knows nothing of masks but a number; it, the
+threshold's two and four for the client's salt arrive in the request id, which survives everything the
+scheduler does to a request. One more number there belongs to a request that must compute its whole prompt
+itself, and is its alone.
 
 The KV cache belongs to a level of a mask: a prefix computed under one threshold is wrong under another, so
-prefixes are shared within a threshold and a mask, and never across.
+prefixes are shared within a threshold, a mask and a salt, and never across.
 """
 
 import gc
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex, overload
@@ -34,10 +36,15 @@ from server.engines.taking_back import SuspectScheduler, release, take_back
 from server.engines.tallying import Tally
 
 
-def request_id(number: int, threshold: Threshold, mask: int, *, shares_prefixes: bool = True) -> str:
-    """The id under which the manager knows a request: its number, its threshold, its mask's number, and
-    whose prefixes it may share: those of its threshold under its mask, or nobody's."""
-    shared = f"request-{number}|{threshold.num_safety}|{threshold.num_utility}|{mask}"
+def request_id(
+    number: int, threshold: Threshold, mask: int, cache_salt: str = "", *, shares_prefixes: bool = True
+) -> str:
+    """The id under which the manager knows a request: its number, its threshold, its mask's number, its
+    salt as numbers, and whose prefixes it may share: those that have all of these, or nobody's."""
+    # Four numbers of 31 bits, since that is what the manager makes the names of blocks of.
+    digest = int.from_bytes(hashlib.sha256(cache_salt.encode()).digest()) if cache_salt else 0
+    salt = "|".join(str(digest >> shift & (1 << 31) - 1) for shift in (0, 31, 62, 93))
+    shared = f"request-{number}|{threshold.num_safety}|{threshold.num_utility}|{mask}|{salt}"
     return shared if shares_prefixes else f"{shared}|{number}"
 
 
@@ -65,7 +72,8 @@ class _SaltedTokens(list[int]):
 
 
 class LevelCache(PagedAttentionCache):
-    """A paged cache whose blocks are found again only by requests at the same threshold of the same mask.
+    """A paged cache whose blocks are found again only by requests at the same threshold of the same mask
+    with the same salt.
 
     Those of `suspects` neither find nor leave any: what is cached may be what is wrong.
     """

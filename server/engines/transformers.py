@@ -238,7 +238,8 @@ class TransformersEngine(TokenizingEngine):
             row = row or self._row(request, prompt)
             self._refuse_if_not_ready()
             shares = row.num_prompt_logprobs is None
-            name = request_id(next(self._numbers), request.threshold, mask.number, shares_prefixes=shares)
+            number, salt = next(self._numbers), request.cache_salt
+            name = request_id(number, request.threshold, mask.number, salt, shares_prefixes=shares)
             arguments = self._arguments(request, row, mask.value)
             text, seen = self._text.stream(request.prompt), 0
             async with aclosing(self._steps(name, prompt, limit, arguments)) as steps:

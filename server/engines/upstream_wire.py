@@ -69,6 +69,8 @@ def body_of(request: GenerateRequest, model: str) -> tuple[str, dict[str, Any]]:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if request.max_tokens is not None:
         body["max_tokens"] = request.max_tokens
+    if request.cache_salt:
+        body["cache_salt"] = request.cache_salt
     body |= _shaped(request)
     if isinstance(request.prompt, Chat):
         if request.num_logprobs is not None:

@@ -260,7 +260,7 @@ class VllmEngine(TokenizingEngine):
                 threshold = request.threshold
                 row = [threshold.num_safety, threshold.num_utility, mask.value]
                 sampling.extra_args = {EXTRA_ARGS_KEY: row}
-                salt = f"{mask.digest}:{threshold.num_safety}:{threshold.num_utility}"
+                salt = f"{mask.digest}:{threshold.num_safety}:{threshold.num_utility}:{request.cache_salt}"
                 asked = tokens_input(prompt, cache_salt=salt)
                 async for step in self._llm.generate(asked, sampling, name):
                     stream.put(step)

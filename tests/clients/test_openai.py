@@ -70,6 +70,24 @@ class TestChat:
         assert cached("11") > 500
         assert cached("12") == 0
 
+    @pytest.mark.parametrize("kind", ["chat", "completion"])
+    def test_a_long_prompt_is_cached_for_its_salt_only(self, client: OpenAI, kind: str) -> None:
+        """Also where a salt is a number like those that levels and masks are told apart by."""
+        text = f"Please be brief and kind in this {kind}. " * 60
+
+        def cached(salt: str | None) -> int:
+            fields: dict[str, Any] = {"extra_body": {"safety_level": "11", "cache_salt": salt}}
+            if kind == "chat":
+                messages = [{"role": "system", "content": text}, user(HOW_TO)]
+                answer = asked(client, messages=messages, max_tokens=2, **fields)
+            else:
+                answer = completed(client, text, max_tokens=2, **fields)
+            return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+        salts = (None, "a", "0", "11")
+        assert [cached(salt) for salt in salts] == [0] * len(salts)
+        assert all(cached(salt) > 500 for salt in salts)
+
     @pytest.mark.parametrize("fields", [{"max_tokens": 5}, {"max_completion_tokens": 5}])
     def test_a_limit_ends_the_answer(self, client: OpenAI, whole: str, fields: Any) -> None:
         answer = asked(client, **fields)

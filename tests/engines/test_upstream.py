@@ -170,16 +170,18 @@ async def test_every_field_of_sampling_is_passed_on(mask_file: Path) -> None:
     upstream = standin()
     sampling = Sampling(0.7, 5, 0.9, 11, 0.05, 1.1, 0.2, 0.3, ((3, -1.5),))
     async with gateway(upstream, mask_file) as engine:
-        await collect(engine.generate(replace(HELLO, sampling=sampling, max_tokens=9, num_logprobs=2)))
+        salted = replace(HELLO, cache_salt="mine")
+        await collect(engine.generate(replace(salted, sampling=sampling, max_tokens=9, num_logprobs=2)))
         asked = upstream.asked[-1]
         told = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 11, "min_p": 0.05, "max_tokens": 9}
         told |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
         told |= {"logit_bias": {"3": -1.5}, "logprobs": True, "top_logprobs": 2, "stream": True}
+        told |= {"cache_salt": "mine"}
         assert {name: asked[name] for name in told} == told
         await collect(engine.generate(replace(HELLO, sampling=Sampling())))
         asked = upstream.asked[-1]
         assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (-1, 0.0, 1.0)
-        assert not {"seed", "logit_bias", "max_tokens", "logprobs"} & asked.keys()
+        assert not {"seed", "logit_bias", "max_tokens", "logprobs", "cache_salt"} & asked.keys()
 
 
 async def test_the_same_outputs_come_through_as_the_engine_behind_gives(mask_file: Path) -> None:

@@ -36,7 +36,7 @@ from server.engines.fake import FakeEngine
 from server.process import bind
 from tests.engines.contract import until
 
-VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs", "return_token_ids")
+VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs", "return_token_ids", "cache_salt")
 
 
 @dataclass

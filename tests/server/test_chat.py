@@ -81,6 +81,16 @@ async def test_every_sampling_field_reaches_the_engine(ask: Ask, control: Contro
     assert request.max_tokens == 5
 
 
+async def test_a_salt_reaches_the_engine_and_changes_nothing_that_is_said(
+    ask: Ask, client: httpx.AsyncClient, control: Control
+) -> None:
+    plain, salted = [(await ask(seed=1, **each)).json()["choices"] for each in ({}, {"cache_salt": "a"})]
+    assert plain == salted
+    body = {"model": "demo", "prompt": ["Hello", "there"], "cache_salt": "b", "n": 2}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert [each.cache_salt for each in control.requests] == ["", "a", *["b"] * 4]
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}]
 )

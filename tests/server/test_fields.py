@@ -87,6 +87,8 @@ async def test_a_query_parameter_is_not_ignored(client: httpx.AsyncClient) -> No
         ({"stream_options": {"include_usage": True}}, "stream_options"), ({"user": 5}, "user"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"cache_salt": ""}, "cache_salt"), ({"cache_salt": 5}, "cache_salt"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
     ],
 )  # fmt: skip
 async def test_wrong_values_are_named_by_their_path(ask: Ask, fields: dict[str, Any], param: str) -> None:
