@@ -99,6 +99,7 @@ class VllmEngine(TokenizingEngine):
         arguments = arguments or VllmArguments()
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         loaded_mask = Mask.load(mask)
+        _refuse_among_weights(mask, model)
         self._allows_less_safe = allow_less_safe_levels
         self._refuse_less_safe(loaded_mask)
         self._shape = read_shape(model, trust_remote_code=trust_remote_code)
@@ -498,3 +499,11 @@ async def _cancel_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _refuse_among_weights(mask: Path, model: str) -> None:
+    if mask.suffix == ".safetensors" and mask.resolve().parent == Path(model).resolve():
+        raise ModelError(
+            f"The mask {mask} lies in the model's folder, where vLLM takes every *.safetensors for weights. "
+            "Move it to another folder."
+        )

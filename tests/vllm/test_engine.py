@@ -3,19 +3,23 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
+from transformers import AutoModelForCausalLM
+
+from modulation.errors import ModelError
 from modulation.levels import ZERO
 from server.engines.base import EngineUnavailableError, GenerateRequest, Sampling
 from server.engines.vllm import VllmEngine
 from server.engines.vllm_worker import NUM_SLOTS
 from tests.engines.contract import collect, tokens, until
 from tests.engines.demo_contract import DemoModelContract
-from tests.tiny_models import scaled
+from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder
 from tests.vllm.engines import new_engine
 
 
@@ -117,3 +121,10 @@ class TestVllmEngine(DemoModelContract):
                 await collect(engine.generate(self.long_answer))
         finally:
             await engine.close()
+
+
+def test_a_mask_among_the_weights_is_refused(tmp_path: Path) -> None:
+    tiny_chat_folder(tmp_path)
+    mask = save_mask(random_mask(AutoModelForCausalLM.from_pretrained(tmp_path)), tmp_path)
+    with pytest.raises(ModelError, match=r"mask.safetensors.*every \*\.safetensors.*another folder"):
+        VllmEngine(str(tmp_path), mask, served_model_name="tiny")
