@@ -109,7 +109,11 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch_for_another()
+        # Of a body that nobody read, or of the next request, a part may be there already or still to come.
+        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+            self._watch()
+        else:
+            self._watch_for_another()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
