@@ -22,7 +22,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ from benchmarks.serving import served
 from benchmarks.two_versions import one_round, running
 from benchmarks.wire import Connection, Raw
 from server.engines.base import Output
+from server.engines.tallying import Tally
+from server.metrics import Metrics
 
 HERE: Final = Path(__file__).resolve().parents[1]
 PORT: Final = 8139
@@ -87,20 +89,17 @@ def _serve(*, is_switched: bool) -> None:
     import server.app
     from modulation.demo import MASK_FILE, MODEL_DIR
     from server.engines.transformers import TransformersEngine
-    from server.metrics import Metrics
     from server.settings import Settings
 
     engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     app = server.app.create_app(Settings(default_level="off"), engine)
-    processors = engine._manager.processors
-    counting = {name: getattr(Metrics, name) for name in ("granted", "answered", "measured")}
-    tally = processors._tally
+    counting = {owner: {name: vars(owner)[name] for name in names} for owner, names in NOTHING.items()}
 
     def switch(number: int, _frame: object) -> None:
         counts = not is_switched or number == SIGNALS["with"]
-        for name, method in (counting if counts else NOTHING).items():
-            setattr(Metrics, name, method)
-        processors._tally = tally if counts else None
+        for owner, attributes in (counting if counts else NOTHING).items():
+            for name, value in attributes.items():
+                setattr(owner, name, value)
 
     for number in SIGNALS.values():
         signal.signal(number, switch)
@@ -117,7 +116,11 @@ def _unmeasured(
     return outputs
 
 
-NOTHING: Final = {"granted": _nothing, "answered": _nothing, "measured": _unmeasured}
+# What is in the place of what counts. The engine's tally times no step either.
+NOTHING: Final[Mapping[type, Mapping[str, object]]] = {
+    Metrics: {"granted": _nothing, "answered": _nothing, "measured": _unmeasured},
+    Tally: {"step_begins": _nothing, "looked_up": _nothing, "modulated": _nothing, "is_sampled": False},
+}
 
 
 async def _finish(port: int, number: int) -> None:

@@ -3,6 +3,7 @@
 Knows command lines. Knows nothing of measures.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import IO, Any, Final
 import psutil
 
 from benchmarks.contenders.load import Target
+from modulation.export.lora import padded_rank
 from modulation.levels import OFF, SafetyLevels
 
 ENGINES: Final = ("transformers", "vllm")
@@ -118,9 +120,19 @@ def contenders(setting: Setting) -> dict[str, Contender]:
         found["vllm serve"] = Contender((stock,), environment=_QUIET)
         if setting.adapters:
             modules = [f"{name}={setting.adapters / name}" for name in setting.named]
-            adapted = ("--enable-lora", "--max-loras", str(len(modules) + 1), "--lora-modules", *modules)
+            rank = max(_rank(setting.adapters / name) for name in setting.named)
+            adapted = (
+                *("--enable-lora", "--max-loras", str(len(modules) + 1), "--max-lora-rank", str(rank)),
+                *("--lora-modules", *modules),
+            )
             found["vllm serve, adapters"] = Contender(((*stock, *adapted),), environment=_QUIET)
     return found
+
+
+def _rank(adapter: Path) -> int:
+    """The least rank that vLLM takes the adapter with."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return padded_rank(max(config["r"], *config.get("rank_pattern", {}).values(), 0))
 
 
 def _ours(setting: Setting, python: str, default_level: str) -> tuple[str, ...]:

@@ -502,7 +502,7 @@ async def _cancel_all() -> None:
 
 
 def _refuse_among_weights(mask: Path, model: str) -> None:
-    if mask.suffix == ".safetensors" and mask.resolve().parent == Path(model).resolve():
+    if mask.suffix == ".safetensors" and mask.parent.resolve() == Path(model).resolve():
         raise ModelError(
             f"The mask {mask} lies in the model's folder, where vLLM takes every *.safetensors for weights. "
             "Move it to another folder."
