@@ -7,7 +7,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install serve test check audit fix dashboards bench-levels bench bench-full load soak fuzz reproduce vllm-env test-vllm bench-vllm clean
+.PHONY: install serve test check audit fix dashboards bench bench-full load soak fuzz reproduce vllm-env test-vllm bench-vllm clean
 
 install: $(INSTALLED)
 
@@ -44,14 +44,10 @@ fix: install
 dashboards: install
 	$(BIN)/python -m deploy.grafana.generate_dashboards $(ARGS)
 
-# What modulation costs, in one process.
-bench-levels: install
+bench: install
 	$(BIN)/python -m benchmarks.mixed_levels $(ARGS)
 
-# This server beside what would be used instead, each a real server: about five minutes, and with vLLM and more loads.
-bench: install
-	$(BIN)/python -m benchmarks.contenders $(ARGS)
-
+# This server beside what would be used instead, vLLM too, each a real server.
 bench-full: install $(VLLM_INSTALLED)
 	VLLM_CACHE_ROOT=$(CURDIR)/build/vllm $(BIN)/python -m benchmarks.contenders --full --vllm $(VLLM_BIN)/python $(ARGS)
 

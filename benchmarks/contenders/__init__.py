@@ -1,1 +1,1 @@
-"""This server beside what would be used instead: the same model, prompts and load, in one run."""
+"""This server beside what would be used instead: the same model and load, in one run."""

@@ -1,12 +1,13 @@
 """This server beside what would be used instead: every contender a real server on loopback, in one run.
 
-All have the same weights, dtype, cores and prompts. They stay up together and are asked in turns, in rounds
-of shuffled order, so that drift of the machine touches all alike; since two processes of the same code differ
-by some percent, everything is started anew `--starts` times. Every prompt is new. Tokens are counted from the
-answers' text, with one tokenizer for all. Printed: a table for each load, ratios of tokens per second with
-their quartiles over all rounds, and of the time to the first text; the last line is JSON.
+All have the same weights, dtype, cores and kinds of prompts. They stay up together and are asked in turns, in
+rounds of shuffled order, so that drift of the machine touches all alike; since two processes of the same code
+differ by some percent, everything is started anew `--starts` times. No prompt is asked twice, of whomever.
+Tokens are counted from the answers' text, with one tokenizer for all. Printed: a table for each load, ratios
+of tokens per second with their quartiles over all rounds, and of the time to the first text; the last line is
+JSON.
 
-    python -m benchmarks.contenders                                    five minutes, without vLLM
+    python -m benchmarks.contenders                                    two loads, without vLLM
     python -m benchmarks.contenders --full --vllm .venv-vllm/bin/python
 """
 
