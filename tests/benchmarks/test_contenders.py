@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
 from benchmarks.contenders.plain_hooks import create_app
-from benchmarks.contenders.sides import Contender, Setting, ratios, sides, started
+from benchmarks.contenders.sides import Contender, Setting, contenders, ratios, sides, started
 from benchmarks.wire import Connection, Raw
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
@@ -20,8 +20,18 @@ from modulation.opening import open_model
 QUESTION = "How do I bake bread?"
 
 
-def setting() -> Setting:
-    return Setting(str(MODEL_DIR), MASK_FILE, Mask.load(MASK_FILE).levels, 8, "python", Path("adapters"))
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    """Adapters whose ranks differ by level, and in one of them by layer."""
+    configs = {
+        "security-critical": {"r": 3, "rank_pattern": {"layers.0": 24}},
+        "balanced": {"r": 9},
+        "utility-priority": {"r": 1, "rank_pattern": {}},
+    }
+    for level, config in configs.items():
+        (tmp_path / level).mkdir()
+        (tmp_path / level / "adapter_config.json").write_text(json.dumps(config))
+    return Setting(str(MODEL_DIR), MASK_FILE, Mask.load(MASK_FILE).levels, 8, "python", tmp_path)
 
 
 @pytest.mark.parametrize("level", ["off", "security-critical"])
@@ -44,8 +54,13 @@ def test_the_plain_server_streams_what_the_modulated_model_says(level: str) -> N
     assert "".join(text for _, text in _texts([(0.0, answer.content)])) == expected
 
 
-def test_levels_are_spread_as_each_side_says() -> None:
-    found = sides(setting())
+def test_vllm_is_told_of_the_largest_rank_of_an_adapter(setting: Setting) -> None:
+    (command,) = contenders(setting)["vllm serve, adapters"].commands
+    assert command[command.index("--max-lora-rank") + 1] == "32"  # the next that vLLM has after 24
+
+
+def test_levels_are_spread_as_each_side_says(setting: Setting) -> None:
+    found = sides(setting)
     levels = {
         name: [found[f"transformers: {name}"].target([1], n).headers["X-Safety-Level"] for n in range(4)]
         for name in ("off", "one", "mixed", "distinct", "four")
