@@ -5,7 +5,8 @@ without, in shuffled order. It is one process, told by a signal which is next, b
 same code differ by several percent. Without metrics, their methods do nothing and the engine tallies
 nothing. Printed: the median over the pairs of the ratio of tokens per second with to without (checked: at
 least 0.98), and of the server's CPU seconds per token, which other work on the machine disturbs less.
-With `--control` nothing is switched: how far from 1 the machine alone takes the ratio. Then a server of the
+With `--control` nothing is switched: how far from 1 the machine alone takes the ratio. Printed too: the CPU
+time of counting one answer of 30 tokens, by itself, without a model. Then a server of the
 fake engine finishes `--finished` answers, and `/metrics` is asked for (checked: half of the answers within
 10 ms). Exit code 1 if a check fails.
 
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +36,7 @@ from benchmarks.serving import served
 from benchmarks.two_versions import one_round, running
 from benchmarks.wire import Connection, Raw
 from server.engines.base import Output
+from server.engines.fake import FakeEngine
 from server.engines.tallying import Tally
 from server.metrics import Metrics
 
@@ -44,6 +47,8 @@ MIN_RATIO: Final = 0.98
 MAX_SECONDS: Final = 0.010
 NUM_CONNECTIONS: Final = 8
 NUM_SCRAPES: Final = 100
+NUM_TOKENS: Final = 30
+NUM_COUNTED: Final = 4000
 
 
 def main() -> None:
@@ -51,13 +56,47 @@ def main() -> None:
     if arguments.serve:
         _serve(is_switched=not arguments.control)
         return
+    counting = asyncio.run(_counting_seconds())
     rounds = asyncio.run(_rounds(arguments))
     with served(["--engine", "fake"]) as server:
         asyncio.run(_finish(server.port, arguments.finished))
         before = _cpu_seconds(server.process.pid)
         scrapes, size = asyncio.run(_scrapes(server.port, arguments.finished))
         cpu = (_cpu_seconds(server.process.pid) - before) / NUM_SCRAPES
-    _report(arguments, rounds, scrapes, size, cpu)
+    _report(arguments, rounds, counting, scrapes, size, cpu)
+
+
+async def _counting_seconds() -> float:
+    """Median CPU seconds that an answer of `NUM_TOKENS` tokens takes more with metrics than without."""
+    metrics = Metrics(FakeEngine())
+    answer = [
+        Output(
+            text="ab",
+            token_ids=(1,),
+            finish_reason="length" if number == NUM_TOKENS else None,
+            num_prompt_tokens=20,
+            num_completion_tokens=number,
+        )
+        for number in range(1, NUM_TOKENS + 1)
+    ]
+
+    async def outputs() -> AsyncGenerator[Output, None]:
+        for output in answer:
+            yield output
+
+    async def seconds(read: AsyncGenerator[Output, None]) -> float:
+        begun = time.process_time()
+        async with aclosing(read):
+            async for _ in read:
+                pass
+        return time.process_time() - begun
+
+    return statistics.median(
+        [
+            await seconds(metrics.measured(outputs(), time.perf_counter(), "off")) - await seconds(outputs())
+            for _ in range(NUM_COUNTED)
+        ]
+    )
 
 
 async def _rounds(arguments: argparse.Namespace) -> list[dict[str, tuple[float, float]]]:
@@ -153,6 +192,7 @@ async def _scrapes(port: int, num_finished: int) -> tuple[list[float], int]:
 def _report(
     arguments: argparse.Namespace,
     rounds: list[dict[str, tuple[float, float]]],
+    counting_seconds: float,
     scrapes: list[float],
     size: int,
     cpu_seconds: float,
@@ -176,6 +216,7 @@ def _report(
         "throughput_ratio": round(ratio, 4),
         "throughput_quartiles": [round(ratios[len(ratios) * part // 4], 4) for part in (1, 3)],
         "cpu_ratio": round(statistics.median(each["with"][1] / each["without"][1] for each in rounds), 4),
+        "counting_us": round(1e6 * counting_seconds, 1),
         "finished": arguments.finished,
         "metrics_bytes": size,
         "metrics_ms": {
@@ -194,7 +235,7 @@ def _report(
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=100, help="of rounds")
+    parser.add_argument("--seconds", type=float, default=300, help="of rounds")
     parser.add_argument("--warmup", type=int, default=2, help="pairs of rounds that are not counted")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--requests", type=int, default=3, help="of each client in a round")

@@ -35,6 +35,7 @@ from server.engines.base import (
     PromptError,
     UnsupportedByEngineError,
 )
+from server.engines.tallying import Observed
 from server.errors import LevelDeniedError, RefusedError
 from server.metric_table import TABLE
 
@@ -65,14 +66,14 @@ class Metrics:
         self._engine: Final = engine
         self.registry: Final = CollectorRegistry()
         self.registry.register(_OfEngine(engine))
+        self._tokens: Final = _OfTokens(info.model_id)
+        self.registry.register(self._tokens)
         ProcessCollector(registry=self.registry)
         self._model: Final = info.model_id
         self._prompt_tokens: Final = self._counter("prompt_tokens").labels(self._model)
         self._cached_tokens: Final = self._counter("prompt_tokens_cached").labels(self._model)
-        self._generation_tokens: Final = self._counter("generation_tokens").labels(self._model)
         self._success: Final = self._counter("request_success")
         self._first_token: Final = self._histogram("time_to_first_token_seconds")
-        self._inter_token: Final = self._histogram("inter_token_latency_seconds")
         self._per_token: Final = self._histogram("request_time_per_output_token_seconds")
         self._whole: Final = self._histogram("e2e_request_latency_seconds")
         self._queue: Final = self._histogram("request_queue_time_seconds")
@@ -205,12 +206,12 @@ class _Answer:
             metrics._prompt_tokens.inc(output.num_prompt_tokens)
             metrics._cached_tokens.inc(output.num_cached_tokens)
         if num_new:
-            metrics._generation_tokens.inc(num_new)
+            metrics._tokens.num_generated += num_new
             if self._first is None:
                 self._first = now
                 metrics._first_token.observe(now - self._arrived)
             else:
-                metrics._inter_token.observe((now - self._last) / num_new)
+                metrics._tokens.seconds_between.add((now - self._last) / num_new)
             self._last = now
         if len(self._beginning) < REFUSAL_WINDOW:
             self._beginning += output.text
@@ -283,22 +284,25 @@ class _OfEngine(Collector):
             yield gauge
         if tallies is None:
             return
-        counters = {
-            "prefix_cache_queries": tallies.num_prefix_queries,
-            "prefix_cache_hits": tallies.num_prefix_hits,
-            "engine_restarts": tallies.num_restarts,
-        }
-        for name, number in counters.items():
-            counter = _family(name, CounterMetricFamily)
-            counter.add_metric(model, number)
-            yield counter
-        for name, observed in (
-            ("step_distinct_levels", tallies.step_levels),
-            ("modulation_step_seconds", tallies.modulation_seconds),
-        ):
-            histogram = _family(name, HistogramMetricFamily)
-            histogram.add_metric(model, _cumulated(observed), observed.total)
-            yield histogram
+        yield _counted("prefix_cache_queries", tallies.num_prefix_queries, model)
+        yield _counted("prefix_cache_hits", tallies.num_prefix_hits, model)
+        yield _counted("engine_restarts", tallies.num_restarts, model)
+        yield _distributed("step_distinct_levels", tallies.step_levels, model)
+        yield _distributed("modulation_step_seconds", tallies.modulation_seconds, model)
+
+
+class _OfTokens(Collector):
+    """What is counted at every token, in plain numbers: the client library's counters cost several times as
+    much, and there are as many tokens as a model can generate. Written to by the event loop alone."""
+
+    def __init__(self, model: str) -> None:
+        self._model = [model]
+        self.num_generated = 0
+        self.seconds_between = Observed(TABLE["inter_token_latency_seconds"].buckets)
+
+    def collect(self) -> Iterator[Metric]:
+        yield _counted("generation_tokens", self.num_generated, self._model)
+        yield _distributed("inter_token_latency_seconds", self.seconds_between.distribution(), self._model)
 
 
 F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily, HistogramMetricFamily)
@@ -307,6 +311,18 @@ F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily, HistogramMetricFamily)
 def _family(name: str, kind: type[F]) -> F:
     row = TABLE[name]
     return kind(row.name, row.help, labels=row.labels)
+
+
+def _counted(name: str, number: float, labels: Sequence[str]) -> Metric:
+    counter = _family(name, CounterMetricFamily)
+    counter.add_metric(labels, number)
+    return counter
+
+
+def _distributed(name: str, observed: Distribution, labels: Sequence[str]) -> Metric:
+    histogram = _family(name, HistogramMetricFamily)
+    histogram.add_metric(labels, _cumulated(observed), observed.total)
+    return histogram
 
 
 def _cumulated(observed: Distribution) -> list[tuple[str, float]]:

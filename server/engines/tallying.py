@@ -20,8 +20,8 @@ class Tally:
         self._num_steps = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
-        self._levels = _Observed(STEP_LEVEL_BOUNDS)
-        self._seconds = _Observed(MODULATION_BOUNDS)
+        self._levels = Observed(STEP_LEVEL_BOUNDS)
+        self._seconds = Observed(MODULATION_BOUNDS)
 
     def step_begins(self, num_levels: int) -> None:
         """A step begins, with so many different thresholds."""
@@ -54,15 +54,19 @@ class Tally:
         )
 
 
-class _Observed:
+class Observed:
+    """Observations counted by size, between `bounds` that rise."""
+
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
     def add(self, value: float) -> None:
+        """Count one."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
 
     def distribution(self) -> Distribution:
+        """All until now."""
         return Distribution(self._bounds, tuple(self._counts), self._total)
