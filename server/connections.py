@@ -105,15 +105,30 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        if self._is_idle() and self.cycle is not None:
+            # The body of a request that has been answered without it is whole: uvicorn's own time runs anew.
+            self._unwatch()
+            self._watch_for_another()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         # Of a body that nobody read, or of the next request, a part may be there already or still to come.
-        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
-            self._watch()
-        else:
+        if self._is_idle():
             self._watch_for_another()
+        else:
+            self._watch()
+
+    def _is_idle(self) -> bool:
+        """Between two requests: none is answered, and nothing of the next is there."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        is_open = is_answered and not self.transport.is_closing()
+        return is_open and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()

@@ -55,6 +55,10 @@ def main() -> None:
     run.report()
 
 
+Rounds = dict[tuple[int, int], Measured]
+"""Of one side at one load, by start and turn."""
+
+
 class _Run:
     def __init__(
         self, setting: Setting, chosen: dict[str, Side], asker: Asker, arguments: argparse.Namespace
@@ -65,8 +69,8 @@ class _Run:
         self._arguments = arguments
         self._loads = FULL if arguments.full else BRIEF
         self._source = random.Random(arguments.seed)
-        self._rounds: dict[str, dict[str, list[Measured]]] = {
-            load.name: {name: [] for name in chosen} for load in self._loads
+        self._rounds: dict[str, dict[str, Rounds]] = {
+            load.name: {name: {} for name in chosen} for load in self._loads
         }
         self._start_seconds: dict[str, list[float]] = {}
         self._memory: dict[str, list[float]] = {}
@@ -82,19 +86,21 @@ class _Run:
                 running[name] = stack.enter_context(started(name, known[name], log))
                 self._start_seconds.setdefault(name, []).append(running[name].seconds)
                 _say(f"{name}: ready in {running[name].seconds:.1f} s")
-            asyncio.run(self._ask_all(running))
+            asyncio.run(self._ask_all(number, running))
             for name, each in running.items():
                 self._memory.setdefault(name, []).append(each.memory_mb())
 
-    async def _ask_all(self, running: dict[str, Started]) -> None:
+    async def _ask_all(self, number: int, running: dict[str, Started]) -> None:
         for load in self._loads:
             for turn in range(-self._arguments.warmup, self._arguments.rounds):
                 for name in self._source.sample(list(self._sides), len(self._sides)):
                     side = self._sides[name]
-                    ports = running[side.contender].ports
-                    measured = await self._asker.round(load, partial(side.target, ports), self._source)
+                    if turn > 0 and turn % side.every:
+                        continue
+                    target = partial(side.target, running[side.contender].ports)
+                    measured = await self._asker.round(load, turn, target, self._source)
                     if turn >= 0:
-                        self._rounds[load.name][name].append(measured)
+                        self._rounds[load.name][name][number, turn] = measured
             _say(f"{load.name}: {self._arguments.rounds} rounds")
 
     def report(self) -> None:
@@ -103,7 +109,7 @@ class _Run:
         for load, rounds in self._rounds.items():
             _say(f"\n{load:<32} {'tokens/s':>8}   first text, ms{'between texts, ms':>25}")
             _say(f"{'':<41}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
-            found["loads"][load] = {name: _medians(each) for name, each in rounds.items()}
+            found["loads"][load] = {name: _medians(list(each.values())) for name, each in rounds.items()}
             for name, row in found["loads"][load].items():
                 cells = "".join(f"{row[key]:8.1f}" for key in list(row)[1:4])
                 gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[4:])
@@ -129,13 +135,14 @@ class _Run:
         _say("\n".join(f"{name:<10} {value}" for name, value in setting.items()))
         _say(json.dumps({**setting, **found}))
 
-    def _ratios(self, rounds: dict[str, list[Measured]]) -> dict[str, dict[str, float]]:
+    def _ratios(self, rounds: dict[str, Rounds]) -> dict[str, dict[str, float]]:
         found = {}
         for name, (ours, theirs) in ratios(self._setting.engines).items():
             if ours in rounds and theirs in rounds:
-                pairs = list(zip(rounds[ours], rounds[theirs], strict=True))
+                shared = rounds[ours].keys() & rounds[theirs].keys()
+                pairs = [(rounds[ours][turn], rounds[theirs][turn]) for turn in shared]
                 speeds = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
-                low, median, high = statistics.quantiles(speeds, n=4)
+                low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
                 firsts = statistics.median(a.first_ms[50] / b.first_ms[50] for a, b in pairs)
                 found[name] = {
                     "median": round(median, 4), "low": round(low, 4), "high": round(high, 4),
@@ -200,8 +207,8 @@ def _arguments() -> Any:
         "--logs", type=Path, default=Path(tempfile.gettempdir()), help="a folder for servers' logs"
     )
     arguments = parser.parse_args()
-    if arguments.rounds * arguments.starts < 2:
-        parser.error("at least 2 rounds are needed for a spread")
+    if arguments.starts < 2:
+        parser.error("--starts: at least 2 are needed, since two processes of the same code differ")
     return arguments
 
 

@@ -72,26 +72,28 @@ class Measured:
 
 
 class Asker:
-    """Prompts that were never asked before, and rounds of them. No two prompts are alike, so that no server
-    answers from what it has kept; only what is shared on purpose is."""
+    """Rounds of prompts that were never asked before: each has a number of its own, so that no server answers
+    from what it has kept; only what is shared on purpose is. Request n of a turn is about the same topic,
+    and of the same length but for that number's digits, whoever is asked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._number = 0
 
-    def _messages(self, kind: str) -> list[dict[str, str]]:
+    def _messages(self, kind: str, topic: int) -> list[dict[str, str]]:
         self._number += 1
-        text = f"Note {self._number}. How do I {_TOPICS[self._number % len(_TOPICS)]}?"
+        note = f"Note {self._number:06}."
+        text = f"{note} How do I {_TOPICS[topic % len(_TOPICS)]}?"
         if kind == "long":
-            text = f"Note {self._number}. {FILLER}{text}"
+            text = f"{note} {FILLER}{text}"
         shared = [{"role": "system", "content": SHARED}] if kind == "shared" else []
         return [*shared, {"role": "user", "content": text}]
 
-    def _raw(self, target: Target, kind: str) -> Raw:
+    def _raw(self, target: Target, kind: str, topic: int) -> Raw:
         body = {
             "model": target.model,
-            "messages": self._messages(kind),
+            "messages": self._messages(kind, topic),
             "max_tokens": self._max_tokens,
             "temperature": 0,
             "stream": True,
@@ -99,10 +101,12 @@ class Asker:
         headers = {"Content-Type": "application/json", **target.headers}
         return Raw("POST", "/v1/chat/completions", headers, json.dumps(body).encode())
 
-    async def round(self, load: Load, target: Callable[[int], Target], source: random.Random) -> Measured:
-        """One round; `target` says where request number n goes."""
-        numbers = iter(range(load.concurrency * load.per_client))
-        rows = [(target(n), self._raw(target(n), load.prompts)) for n in numbers]
+    async def round(
+        self, load: Load, turn: int, target: Callable[[int], Target], source: random.Random
+    ) -> Measured:
+        """One round of one side; `target` says where request number n goes."""
+        size = load.concurrency * load.per_client
+        rows = [(target(n), self._raw(target(n), load.prompts, turn * size + n)) for n in range(size)]
         begun = time.perf_counter()
         if load.rate is None:
             parts = [rows[n :: load.concurrency] for n in range(load.concurrency)]

@@ -5,6 +5,7 @@ Knows command lines. Knows nothing of measures.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -28,6 +29,7 @@ HERE: Final = Path(__file__).resolve().parents[2]
 READY_SECONDS: Final = 300.0
 EXIT_SECONDS: Final = 60.0
 MODEL: Final = "bench"
+_DIRECTLY: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _QUIET: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -64,10 +66,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Side:
-    """A contender, and where its request number n goes, given the ports of its processes."""
+    """A contender, and where its request number n goes, given the ports of its processes. A slow one is asked
+    in one of `every` turns."""
 
     contender: str
     target: Callable[[Sequence[int], int], Target]
+    every: int = 1
 
 
 def contenders(setting: Setting) -> dict[str, Contender]:
@@ -116,6 +120,7 @@ def contenders(setting: Setting) -> dict[str, Contender]:
             *(str(Path(setting.vllm_python).parent / "vllm"), "serve", setting.model, "--dtype", "float32"),
             *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"),
             *("--max-num-seqs", str(setting.max_num_seqs), "--kv-cache-memory-bytes", memory),
+            *("--uvicorn-log-level", "error"),
         )
         found["vllm serve"] = Contender((stock,), environment=_QUIET)
         if setting.adapters:
@@ -145,9 +150,11 @@ def _ours(setting: Setting, python: str, default_level: str) -> tuple[str, ...]:
 
 
 def sides(setting: Setting) -> dict[str, Side]:
-    """By name. `mixed` and `adapters` ask for the modulated levels in turn, `distinct` for as many numbers of
-    safety neurons as there are, `four` for all levels with `off`, as the replicas do."""
+    """By name. `mixed` and `adapters` ask for the modulated levels in turn, `one` for half of the safety
+    neurons, `distinct` for numbers about it of which none comes twice before all have, `four` for all levels
+    with `off`, as the replicas do."""
     most = setting.levels.maximum.num_safety
+    numbers = sorted(range(1, most + 1), key=lambda number: abs(number - most // 2))
     every = setting.levels.names
 
     def ours(engine: str, level: Callable[[int], str]) -> Side:
@@ -159,11 +166,11 @@ def sides(setting: Setting) -> dict[str, Side]:
             f"{engine}: off": ours(engine, lambda _n: OFF),
             f"{engine}: one": ours(engine, lambda _n: str(most // 2)),
             f"{engine}: mixed": ours(engine, lambda n: setting.named[n % len(setting.named)]),
-            f"{engine}: distinct": ours(engine, lambda n: str(n % most + 1)),
+            f"{engine}: distinct": ours(engine, lambda n: str(numbers[n % most])),
             f"{engine}: four": ours(engine, lambda n: every[n % len(every)]),
         }
     found |= {
-        "transformers serve": Side("transformers serve", _alike(setting.model)),
+        "transformers serve": Side("transformers serve", _alike(setting.model), every=3),
         "plain hooks": Side(
             "plain hooks",
             lambda ports, n: Target(
@@ -221,15 +228,16 @@ def started(name: str, contender: Contender, log: IO[Any]) -> Iterator[Started]:
     does not become ready: `log` has what it said."""
     ports = tuple(_free_port() for _ in contender.commands)
     environment = {**os.environ, "PYTHONPATH": str(HERE), **contender.environment}
+    processes: list[subprocess.Popen[bytes]] = []
     begun = time.perf_counter()
-    processes = [
-        subprocess.Popen(
-            [part.format(port=port) for part in command],
-            cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True,
-        )
-        for command, port in zip(contender.commands, ports, strict=True)
-    ]  # fmt: skip
     try:
+        for command, port in zip(contender.commands, ports, strict=True):
+            command = [part.format(port=port) for part in command]
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
         for process, port in zip(processes, ports, strict=True):
             _await(name, process, f"http://127.0.0.1:{port}{contender.ready}", begun + READY_SECONDS)
         yield Started(ports, tuple(processes), time.perf_counter() - begun)
@@ -237,10 +245,12 @@ def started(name: str, contender: Contender, log: IO[Any]) -> Iterator[Started]:
         for process in processes:
             process.terminate()
         for process in processes:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(EXIT_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            # Whatever is left of it: each process leads a group of its own.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _free_port() -> int:
@@ -253,7 +263,7 @@ def _free_port() -> int:
 def _await(name: str, process: subprocess.Popen[bytes], url: str, ends: float) -> None:
     while process.poll() is None and time.perf_counter() < ends:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with _DIRECTLY.open(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)

@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 
@@ -69,10 +70,12 @@ def test_levels_are_spread_as_each_side_says(setting: Setting) -> None:
         "off": ["off"] * 4,
         "one": ["19"] * 4,
         "mixed": ["security-critical", "balanced", "utility-priority", "security-critical"],
-        "distinct": ["1", "2", "3", "4"],
+        "distinct": ["19", "18", "20", "17"],
         "four": ["off", "security-critical", "balanced", "utility-priority"],
     }
     assert [found["a replica a level"].target([5, 6, 7, 8], n).port for n in range(5)] == [5, 6, 7, 8, 5]
+    distinct = [found["transformers: distinct"].target([1], n).headers["X-Safety-Level"] for n in range(38)]
+    assert sorted(map(int, distinct)) == list(range(1, 39))
     named = {name for pair in ratios(("transformers", "vllm")).values() for name in pair}
     assert named <= set(found), "every ratio is of sides that there are"
 
@@ -103,6 +106,21 @@ def test_a_contender_that_ends_before_it_is_ready_ends_the_comparison(tmp_path: 
         raise AssertionError("it is not ready")
 
 
+def test_what_a_contender_has_started_ends_with_it(tmp_path: Path) -> None:
+    script = (
+        "import subprocess\n"
+        "from http.server import HTTPServer, SimpleHTTPRequestHandler\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "HTTPServer(('127.0.0.1', {port}), SimpleHTTPRequestHandler).serve_forever()\n"
+    )
+    parent = Contender((("python3", "-c", script),), "/")
+    with (tmp_path / "log").open("wb") as log, started("it", parent, log):
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
+        assert child.is_running()
+    child.wait(10)
+
+
 async def _head(reader: asyncio.StreamReader) -> bytes:
     try:
         return await reader.readuntil(b"\r\n\r\n")
@@ -129,13 +147,19 @@ def test_a_round_counts_the_tokens_of_all_answers(rate: float | None) -> None:
     async def measure() -> Measured:
         async with await asyncio.start_server(answer, "127.0.0.1") as server:
             port = server.sockets[0].getsockname()[1]
-            return await asker.round(
-                load, lambda n: Target(port, "m", {"X-Number": str(n)}), random.Random(0)
-            )
+            first, _ = [
+                await asker.round(
+                    load, 3, lambda n, to=to: Target(port, "m", {"X-Number": f"{to}{n}"}), random.Random(0)
+                )
+                for to in "ab"
+            ]
+            return first
 
     measured = asyncio.run(measure())
-    assert sorted(number for number, _ in seen) == list("012345")
-    assert len({prompt for _, prompt in seen}) == 6, "no prompt twice"
+    assert sorted(number for number, _ in seen) == [f"{to}{n}" for to in "ab" for n in range(6)]
+    assert len({prompt for _, prompt in seen}) == 12, "no prompt twice, of whomever"
+    topics = {number: prompt.partition(". ")[2] for number, prompt in seen}
+    assert all(topics[f"a{n}"] == topics[f"b{n}"] for n in range(6)) and len(set(topics.values())) == 6
     assert measured.tokens_per_second > 0 and measured.first_ms[50] > 0
 
 

@@ -41,7 +41,13 @@ async def serving(
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=bounded(limits, on_refused), lifespan="off", log_level="error")
+        config = uvicorn.Config(
+            app,
+            http=bounded(limits, on_refused),
+            lifespan="off",
+            log_level="error",
+            timeout_keep_alive=limits.keep_alive_seconds,
+        )
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started)
@@ -128,6 +134,19 @@ async def test_what_is_no_http_is_answered_with_the_security_headers() -> None:
     async with serving(hello, Limits()) as (_, port), connected(port, b"\x16\x03\x01\r\n\r\n") as pair:
         told = await head_of(pair[0])
     assert told.startswith("http/1.1 400 bad request") and "x-content-type-options: nosniff" in told
+
+
+async def test_a_body_that_arrives_after_its_answer_leaves_an_idle_connection() -> None:
+    limits = Limits(read_seconds=1, keep_alive_seconds=2)
+    post = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\na"
+    async with serving(hello, limits) as (_, port), connected(port, post) as (reader, writer):
+        for rest in (b"bcd" + post, b"bcd"):
+            assert "200 ok" in await head_of(reader)
+            assert await reader.readexactly(5) == b"hello"
+            begun = asyncio.get_running_loop().time()
+            writer.write(rest)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert asyncio.get_running_loop().time() - begun >= 2
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
