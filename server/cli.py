@@ -185,6 +185,7 @@ def _vllm_engine(settings: Settings, model: str, mask: Path, common: dict[str, A
         distributed_executor_backend=settings.distributed_executor_backend,
         quantization=settings.quantization,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        lora=settings.lora,
         others=settings.vllm_arg,
     )
     return VllmEngine(model, mask, arguments=arguments, **common)

@@ -25,7 +25,7 @@ UNKNOWN_TO_FAKE: Final = frozenset(
 )
 ONLY_VLLM: Final = frozenset(
     {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
-    | {"quantization", "gpu_memory_utilization", "vllm_arg"}
+    | {"quantization", "gpu_memory_utilization", "lora", "vllm_arg"}
 )
 UNKNOWN_TO_UPSTREAM: Final = frozenset(
     {
@@ -177,6 +177,11 @@ class Settings(BaseSettings):
     )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="vLLM: share of each GPU's memory that it may take. Default: vLLM's own."
+    )
+    lora: Lines = Field(
+        default=(),
+        description="vLLM: a LoRA adapter that requests may ask for as a model, as NAME=FOLDER; may be given "
+        "several times.",
     )
     vllm_arg: Lines = Field(
         default=(), description="vLLM: any further engine argument, as KEY=VALUE; may be given several times."

@@ -155,6 +155,7 @@ class GenerateRequest:
 
     `mask_digest` names the mask under which the threshold was granted; None: the one in force when the
     request begins. What is computed of the prompt is found again by requests of equal `cache_salt` alone.
+    `adapter` is one of `EngineInfo.adapters`; None: the model as it is.
     """
 
     prompt: Prompt
@@ -166,6 +167,7 @@ class GenerateRequest:
     num_prompt_logprobs: int | None = None
     mask_digest: str | None = None
     cache_salt: str = ""
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +239,7 @@ class EngineInfo:
     `model_id` names the model, `max_model_len` bounds prompt and answer together, in tokens,
     `mask_digest` is the hexadecimal digest of the mask in force, `details` is for logs and metrics
     (device, dtype and the like, each with the reason it was chosen). `mask` is what may be told of the mask
-    in force; None: the engine has none.
+    in force; None: the engine has none. `adapters` are names of adapters that requests may ask for.
     """
 
     model_id: str
@@ -246,6 +248,7 @@ class EngineInfo:
     mask_digest: str
     details: dict[str, Any]
     mask: MaskProfile | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,8 @@ class FakeEngine:
     `before_token` is awaited before each token with the request and the token's index: waiting there
     makes the engine slow, raising there makes that request fail. `check_mask` is called with every mask
     that is to be put in force; raising there refuses it. `max_num_seqs` requests run at once, the others
-    wait. `num_aborted` counts the requests that were closed before their last output.
+    wait. `adapters` change no answer. `num_aborted` counts the requests that were closed before their last
+    output.
 
     In the tallies every token is a step, all requests that run are in it, modulation takes no time, the cache
     has room for a whole context of each request that can run, and no prefix is found in it.
@@ -99,6 +100,7 @@ class FakeEngine:
         max_num_seqs: int = 64,
         before_token: BeforeToken = at_once,
         check_mask: Callable[["Mask"], None] = fits,
+        adapters: tuple[str, ...] = (),
     ) -> None:
         first = EngineInfo(
             model_id=model_id,
@@ -106,6 +108,7 @@ class FakeEngine:
             levels=LEVELS,
             mask_digest=MASK_DIGEST,
             details={"engine": "fake: no model, no mask, answers without meaning"},
+            adapters=adapters,
         )
         self._in_force: Final = InForce(first.mask_digest, first)
         self._before_token: Final = before_token

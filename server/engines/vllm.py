@@ -3,13 +3,15 @@
 Knows vLLM's `AsyncLLM` and the RPCs of `vllm_worker`. Knows nothing of HTTP or settings.
 
 A request's threshold and the slot of its mask ride in `SamplingParams.extra_args`, and are part of
-`cache_salt`, so that what was computed under one threshold or mask is never found under another. vLLM lives
+`cache_salt`, so that what was computed under one threshold or mask is never found under another; vLLM itself
+keeps adapters apart. vLLM lives
 on an event loop and a thread of its own: it can be proved to be modulated before anybody serves, and whoever
 asks may come from any loop.
 """
 
 import asyncio
 import itertools
+import multiprocessing
 import signal
 import threading
 import time
@@ -55,6 +57,7 @@ from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.sizes import resolve_sizes, stop_ids
 from server.engines.supervision import leave_it
 from server.engines.text import ChatText
+from server.engines.vllm_adapters import read_adapters
 from server.engines.vllm_arguments import VllmArguments, device_of_vllm, engine_arguments
 from server.engines.vllm_proof import prove_in_force
 from server.engines.vllm_stats import VllmStats
@@ -64,6 +67,7 @@ _GREEDY_BELOW: Final = 1e-5
 _WATCH_SECONDS: Final = 0.1
 _PAGE_SIZE: Final = 128
 _START_SECONDS: Final = 1800.0
+_END_SECONDS: Final = 10.0
 _DIED: Final = "one of vLLM's processes has died"
 T = TypeVar("T")
 
@@ -115,11 +119,13 @@ class VllmEngine(TokenizingEngine):
         )
         config = self._shape.model.config.get_text_config()
         bounds_cache = kv_cache_tokens is not None or on_device.value == "cpu"
+        self._adapters = read_adapters(arguments.lora, served_model_name)
         engine_args = engine_arguments(
             model,
             config,
             sizes,
             arguments,
+            self._adapters,
             on_device=on_device.value,
             dtype=in_dtype.value,
             bounds_cache=bounds_cache,
@@ -167,6 +173,7 @@ class VllmEngine(TokenizingEngine):
                 **arguments.details,
             },
             mask=profile_of(loaded_mask),
+            adapters=tuple(self._adapters.by_name),
         )
         self._stats.counts = True
         self._watch = asyncio.run_coroutine_threadsafe(self._watched(), self._loop)
@@ -263,7 +270,8 @@ class VllmEngine(TokenizingEngine):
                 sampling.extra_args = {EXTRA_ARGS_KEY: row}
                 salt = f"{mask.digest}:{threshold.num_safety}:{threshold.num_utility}:{request.cache_salt}"
                 asked = tokens_input(prompt, cache_salt=salt)
-                async for step in self._llm.generate(asked, sampling, name):
+                lora = None if request.adapter is None else self._adapters.by_name[request.adapter]
+                async for step in self._llm.generate(asked, sampling, name, lora_request=lora):
                     stream.put(step)
         except EngineUnavailableError as error:
             stream.put(error)
@@ -309,15 +317,32 @@ class VllmEngine(TokenizingEngine):
             )
 
     async def _started(self, engine_args: Any) -> AsyncLLM:
+        started: Future[AsyncLLM] = Future()
+
+        def start() -> None:
+            try:
+                started.set_result(AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stats.logger]))
+            except BaseException as error:
+                started.set_exception(error)
+
+        # A daemon: who gives up waiting for vLLM ends without it.
+        threading.Thread(target=start, name="vllm-start", daemon=True).start()
         try:
-            loggers = {"stat_loggers": [self._stats.logger]}
-            return await asyncio.to_thread(AsyncLLM.from_engine_args, engine_args, **loggers)
+            return await asyncio.wrap_future(started)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(f"vLLM cannot start: {reason}") from error
 
     async def _prepared_workers(self, mask: Mask) -> None:
         assert self._llm is not None
+        for adapter in self._adapters.by_name.values():
+            try:
+                await self._llm.add_lora(adapter)
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise ModelError(
+                    f"vLLM cannot load the adapter {adapter.lora_name} ({adapter.lora_path}): {reason}"
+                ) from error
         prompt = self._text.encode("0")[:1] * 8
         await prove_in_force(self._llm, prompt)
         await self._fill(self._in_force.current.value, mask)
@@ -357,6 +382,8 @@ class VllmEngine(TokenizingEngine):
             self._waited_for(_cancel_all())
         if self._llm is not None:
             self._llm.shutdown()
+        else:
+            _end_children()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -499,6 +526,16 @@ async def _cancel_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _end_children() -> None:
+    """End what vLLM had started before its start was given up: it does not heed Ctrl-C itself."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(_END_SECONDS)
+        child.kill()
 
 
 def _refuse_among_weights(mask: Path, model: str) -> None:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from modulation.errors import ModelError
 from modulation.loading import Resolved
 from server.engines.sizes import Sizes
+from server.engines.vllm_adapters import Adapters
 
 WORKER: Final = "server.engines.vllm_worker.NeuronTuneWorker"
 # Part of the key under which vLLM keeps compiled models: one compiled without modulation is never taken.
@@ -25,17 +26,18 @@ _OURS: Final = frozenset(
     {"model", "tokenizer", "worker_cls", "worker_extension_cls", "additional_config", "load_format"}
     | {"skip_tokenizer_init", "structured_outputs_config", "logprobs_mode", "tokenizer_mode", "dtype"}
     | {"max_model_len", "max_num_seqs", "enable_prefix_caching", "trust_remote_code", "served_model_name"}
+    | {"enable_lora", "max_loras", "max_lora_rank"}
 )
 _HAVE_FLAGS: Final = frozenset(
     {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "quantization"}
-    | {"distributed_executor_backend", "gpu_memory_utilization"}
+    | {"distributed_executor_backend", "gpu_memory_utilization", "lora"}
 )
 
 
 @dataclass(frozen=True)
 class VllmArguments:
-    """What is asked of vLLM. None: vLLM's own default. `others` are any further arguments of its, as
-    KEY=VALUE, the value as JSON or as it stands.
+    """What is asked of vLLM. None: vLLM's own default. `lora` are adapters as NAME=FOLDER, `others` any
+    further arguments of its, as KEY=VALUE, the value as JSON or as it stands.
     """
 
     tensor_parallel_size: int = 1
@@ -44,6 +46,7 @@ class VllmArguments:
     distributed_executor_backend: str | None = None
     quantization: str | None = None
     gpu_memory_utilization: float | None = None
+    lora: Sequence[str] = ()
     others: Sequence[str] = ()
 
     @property
@@ -52,6 +55,7 @@ class VllmArguments:
         default = VllmArguments()
         named = {name: getattr(self, name) for name in sorted(_HAVE_FLAGS)}
         told = {name: str(value) for name, value in named.items() if value != getattr(default, name)}
+        told |= {"lora": " ".join(self.lora)} if self.lora else {}
         return told | ({"vllm_arg": " ".join(self.others)} if self.others else {})
 
 
@@ -86,6 +90,7 @@ def engine_arguments(
     config: Any,
     sizes: Sizes,
     arguments: VllmArguments,
+    adapters: Adapters,
     *,
     on_device: str,
     dtype: str,
@@ -116,6 +121,7 @@ def engine_arguments(
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "pipeline_parallel_size": arguments.pipeline_parallel_size,
         "data_parallel_size": arguments.data_parallel_size,
+        **adapters.arguments,
     }
     for name in ("distributed_executor_backend", "quantization", "gpu_memory_utilization"):
         if getattr(arguments, name) is not None:

@@ -111,6 +111,7 @@ class NeuronTuneWorker(PlatformWorker):  # type: ignore[misc]
     def load_model(self, **keywords: Any) -> None:
         super().load_model(**keywords)
         model, config = self.model_runner.get_model(), self.model_config.hf_text_config
+        _read_logits_without_adapters(model)
         self._layers = list(_modulated_layers(model, config, self._thresholds))
 
     def neurontune_describe(self) -> dict[str, Any]:
@@ -220,6 +221,15 @@ def _replaced(runner: Any, name: str, method: Callable[..., Any]) -> Callable[..
         raise VllmModulationError(f"This vLLM's model runner has no {name}: it is another version's.")
     setattr(runner, name, method)
     return own
+
+
+def _read_logits_without_adapters(model: nn.Module) -> None:
+    """Adapters of the output layer are not served, and vLLM 0.32 dies of log-probabilities of prompts where
+    its logits go through them: it has places for the tokens that are sampled alone."""
+    name = "logits_processor"
+    reader: Any = getattr(model, name, None)
+    if type(reader).__name__ == "LogitsProcessorWithLoRA":
+        setattr(model, name, reader.base_layer)
 
 
 def _modulated_layers(

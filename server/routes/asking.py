@@ -80,7 +80,8 @@ class Asking:
         granted with; `arrived` is of `time.perf_counter`."""
         headers = _level_headers(level, info)
         # The mask may be swapped meanwhile; a threshold means what it means under its own.
-        wanted = [replace(each, mask_digest=info.mask_digest) for each in wanted]
+        adapter = asked_model(body.model, self.model, info, caller_of(request.scope)).adapter
+        wanted = [replace(each, mask_digest=info.mask_digest, adapter=adapter) for each in wanted]
         outputs = entry_of(request.scope).observed(
             merged(await self._admitted(request, body, wanted, arrived, level_label(info.levels, level))),
             [each.prompt for each in wanted[:: body.num_choices]],
@@ -147,31 +148,42 @@ def fingerprint(info: EngineInfo) -> str:
     return f"neurontune-{info.mask_digest}"
 
 
-def refuse_other_model(name: str | None, model: str, info: EngineInfo, caller: Caller) -> None:
-    """Raises ModelNotFoundError where `name` is neither the model served nor one of its aliases, or where
-    the caller may not use it. None: the model served."""
-    level_suffix(model if name is None else name, model, info, caller)
+@dataclass(frozen=True, slots=True)
+class AskedModel:
+    """What a model's name says: an adapter of the model served, and the level behind the `@`."""
+
+    adapter: str | None
+    level: str | None
 
 
-def level_suffix(name: str, model: str, info: EngineInfo, caller: Caller) -> str | None:
-    """The level in a model's name: what follows `@`. Raises ModelNotFoundError for another model, or for
-    one that the caller may not use."""
-    if not may_use_model(caller, model):
+def asked_model(name: str | None, model: str, info: EngineInfo, caller: Caller) -> AskedModel:
+    """What `name` says; None says the model served. Raises ModelNotFoundError for a model that is not served,
+    or not to the caller."""
+    if name is None:
+        name = model
+    for served in served_models(model, info):
+        if (name == served or name.startswith(f"{served}@")) and may_use_model(caller, served):
+            level = name[len(served) + 1 :] if name != served else None
+            return AskedModel(None if served == model else served, level)
+    allowed = [served for served in served_models(model, info) if may_use_model(caller, served)]
+    if not allowed:
         raise ModelNotFoundError(
             f"The model {name!r} is not served to {caller.name!r}: the model served here is none of this "
             "key's models in the key file.",
             "model",
         )
-    if name == model:
-        return None
-    if not name.startswith(f"{model}@"):
-        aliases = "".join(f"{model}@{level}, " for level in admitted_names(info.levels, caller))
-        raise ModelNotFoundError(
-            f"The model {name!r} is not served here. Accepted: {model}, {aliases}"
-            f"or {model}@ and a whole number of safety neurons.",
-            "model",
-        )
-    return name.removeprefix(f"{model}@")
+    levels = admitted_names(info.levels, caller)
+    accepted = ", ".join(each for one in allowed for each in (one, *(f"{one}@{level}" for level in levels)))
+    raise ModelNotFoundError(
+        f"The model {name!r} is not served here. Accepted: {accepted}, "
+        f"or {allowed[0]}@ and a whole number of safety neurons.",
+        "model",
+    )
+
+
+def served_models(model: str, info: EngineInfo) -> tuple[str, ...]:
+    """What may be asked for, levels aside: the model, and adapters on it."""
+    return (model, *info.adapters)
 
 
 def _asked_levels(request: Request, body: AnswerRequest, model: str, info: EngineInfo) -> list[AskedLevel]:
@@ -181,9 +193,9 @@ def _asked_levels(request: Request, body: AnswerRequest, model: str, info: Engin
     ]
     if body.safety_level is not None:
         asked.append(("body field safety_level", "safety_level", body.safety_level))
-    suffix = level_suffix(body.model, model, info, caller_of(request.scope))
-    if suffix is not None:
-        asked.append((f"model name {body.model!r}", "model", suffix))
+    named = asked_model(body.model, model, info, caller_of(request.scope))
+    if named.level is not None:
+        asked.append((f"model name {body.model!r}", "model", named.level))
     return [AskedLevel(*one) for one in asked]
 
 

@@ -1,4 +1,5 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: the model served, and one alias of it per safety level.
+"""`GET /v1/models` and `GET /v1/models/{id}`: the model served and adapters on it, and one alias of
+each per safety level.
 `GET /version`: of this server.
 
 Knows ids and callers. Knows no engine but its protocol.
@@ -13,6 +14,7 @@ from server.access import admitted_names, may_use_model
 from server.callers import Caller, caller_of
 from server.engines.base import Engine
 from server.errors import ModelNotFoundError
+from server.routes.asking import served_models
 from server.routes.openapi import COUNT, TEXT, listed, telling
 
 
@@ -22,9 +24,9 @@ def models_router(engine: Engine, model: str, created: int) -> APIRouter:
 
     def models(caller: Caller) -> list[dict[str, Any]]:
         info = engine.describe()
-        if not may_use_model(caller, model):
-            return []
-        ids = [model, *(f"{model}@{level}" for level in admitted_names(info.levels, caller))]
+        levels = admitted_names(info.levels, caller)
+        served = [each for each in served_models(model, info) if may_use_model(caller, each)]
+        ids = [name for each in served for name in (each, *(f"{each}@{level}" for level in levels))]
         common = {"object": "model", "created": created, "owned_by": "neurontune"}
         return [{"id": one, **common, "max_model_len": info.max_model_len} for one in ids]
 
@@ -32,7 +34,8 @@ def models_router(engine: Engine, model: str, created: int) -> APIRouter:
 
     @router.get("/v1/models", responses=telling(401, object=TEXT, data=listed(**fields)))
     async def list_models(request: Request) -> dict[str, Any]:
-        """The ids that `model` accepts from the caller: the model's own, and the same at each named level."""
+        """The ids that `model` accepts from the caller: the model's own, its adapters', and the same at each
+        named level."""
         return {"object": "list", "data": models(caller_of(request.scope))}
 
     @router.get("/v1/models/{model_id:path}", responses=telling(401, 404, **fields))

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from server.body import parse_fields, read_object
 from server.callers import caller_of
 from server.routes.admitting import admitting
-from server.routes.asking import Asking, refuse_other_model, refuse_query
+from server.routes.asking import Asking, asked_model, refuse_query
 from server.routes.openapi import COUNT, COUNTS, TEXT, TEXTS, reading
 from server.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -27,7 +27,7 @@ def tokens_router(asking: Asking) -> APIRouter:
         refuse_query(request)
         body = parse_fields(TokenizeRequest, await read_object(request, asking.bounds))
         info = engine.describe()
-        refuse_other_model(body.model, asking.model, info, caller_of(request.scope))
+        asked_model(body.model, asking.model, info, caller_of(request.scope))
         tokens = await engine.encode(body.to_engine())
         spelled = list(await engine.spell(tokens)) if body.return_token_strs else None
         return {
@@ -42,7 +42,7 @@ def tokens_router(asking: Asking) -> APIRouter:
         """The text of tokens, control tokens included."""
         refuse_query(request)
         body = parse_fields(DetokenizeRequest, await read_object(request, asking.bounds))
-        refuse_other_model(body.model, asking.model, engine.describe(), caller_of(request.scope))
+        asked_model(body.model, asking.model, engine.describe(), caller_of(request.scope))
         return {"prompt": await engine.decode(tuple(body.tokens))}
 
     return router

@@ -1,6 +1,7 @@
 """What the demo model answers by plain transformers with hooks, one conversation at a time, in float32."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,13 +14,16 @@ from server.engines.base import Chat
 
 
 def greedy(
-    chats: Sequence[Chat], thresholds: Sequence[Threshold], length: int
+    chats: Sequence[Chat], thresholds: Sequence[Threshold], length: int, weights: Path | None = None
 ) -> dict[tuple[int, Threshold], tuple[int, ...]]:
     """The tokens of every chat's answer at every threshold, the token that ends it included. Where all of a
-    chat's thresholds are in one batch, its rows are equally long: nothing is padded."""
+    chat's thresholds are in one batch, its rows are equally long: nothing is padded. `weights`: a folder with
+    others than the demo model's, to which its mask is applied all the same."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     modulator = Modulator(model, Mask.load(MASK_FILE))
+    if weights is not None:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).state_dict())
     found = {}
     for number, chat in enumerate(chats):
         turns = [{"role": each.role, "content": each.content} for each in chat.messages]
