@@ -87,18 +87,18 @@ app.add_typer(export)
 
 def serve(**flags: Any) -> None:
     """Serve the model over OpenAI's API."""
-    given = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
-    settings = read_settings({name: value for name, value in given.items() if flags[name] not in (None, [])})
+    settings = read_settings({name: value for name, value in flags.items() if value not in (None, [])})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from server.app import create_app, reload
     from server.connections import Limits, allow_files
     from server.draining import Drain
-    from server.process import EngineEnd, bind, run
+    from server.process import EngineEnd, bind, ended_by_sigterm, run
 
     end = EngineEnd()
     allow_files(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
-        engine = build_engine(settings, end)
+        with ended_by_sigterm():
+            engine = build_engine(settings, end)
         try:
             drain = Drain()
             application = create_app(settings, engine, drain)

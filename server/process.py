@@ -7,7 +7,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
@@ -78,6 +79,21 @@ class EngineEnd:
     def _stop(self) -> None:
         if self._server is not None and self.reason is not None:
             self._server.should_exit = True
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, so that what the block has started can be ended; by itself
+    it would end this process alone."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(

@@ -48,11 +48,16 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _listed(given: Any) -> Any:
-    return [each.strip() for each in given.split(",")] if isinstance(given, str) else given
+    return [each.strip() for text in _texts(given) for each in text.split(",")]
 
 
 def _lines(given: Any) -> Any:
-    return [each for each in given.splitlines() if each.strip()] if isinstance(given, str) else given
+    return [each for text in _texts(given) for each in text.splitlines() if each.strip()]
+
+
+def _texts(given: Any) -> Any:
+    """A variable is one text, a flag as many as it was given times."""
+    return [given] if isinstance(given, str) else given
 
 
 Lines = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_lines)]

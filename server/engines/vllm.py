@@ -280,8 +280,7 @@ class VllmEngine(TokenizingEngine):
             stream.put(self._unavailable())
         except Exception as error:
             cause = error.__cause__ or error
-            reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-            stream.put(GenerationError(f"This answer could not go on: {reason}"))
+            stream.put(GenerationError(f"This answer could not go on: {_brief(cause)}"))
         finally:
             self._released.set()
 
@@ -318,6 +317,7 @@ class VllmEngine(TokenizingEngine):
 
     async def _started(self, engine_args: Any) -> AsyncLLM:
         started: Future[AsyncLLM] = Future()
+        started.set_running_or_notify_cancel()  # nobody cancels what the thread will set
 
         def start() -> None:
             try:
@@ -330,8 +330,7 @@ class VllmEngine(TokenizingEngine):
         try:
             return await asyncio.wrap_future(started)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelError(f"vLLM cannot start: {reason}") from error
+            raise ModelError(f"vLLM cannot start: {_brief(error)}") from error
 
     async def _prepared_workers(self, mask: Mask) -> None:
         assert self._llm is not None
@@ -339,9 +338,8 @@ class VllmEngine(TokenizingEngine):
             try:
                 await self._llm.add_lora(adapter)
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ModelError(
-                    f"vLLM cannot load the adapter {adapter.lora_name} ({adapter.lora_path}): {reason}"
+                    f"vLLM cannot load the adapter {adapter.lora_name} ({adapter.lora_path}): {_brief(error)}"
                 ) from error
         prompt = self._text.encode("0")[:1] * 8
         await prove_in_force(self._llm, prompt)
@@ -526,6 +524,12 @@ async def _cancel_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _brief(error: BaseException) -> str:
+    """What an error says in its first lines, as one: pydantic's first only counts, the next name and tell."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:3]]
+    return " ".join(lines) or type(error).__name__
 
 
 def _end_children() -> None:

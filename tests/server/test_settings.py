@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from server import cli
 from server.app import create_app
 from server.engines.fake import FakeEngine
 from server.errors import SettingsError
@@ -120,6 +122,30 @@ def test_a_default_level_the_mask_does_not_offer_is_refused_at_start(level: str)
     settings = Settings(engine="fake", default_level=level)
     with pytest.raises(SettingsError, match=r"default_level.*utility-priority"):
         create_app(settings, FakeEngine())
+
+
+def test_a_flag_that_was_given_several_times_has_each_of_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(flags: dict[str, Any]) -> Settings:
+        seen.append(read_settings(flags))
+        raise SettingsError("enough was seen")
+
+    seen: list[Settings] = []
+    monkeypatch.setattr("server.cli.read_settings", read)
+    flags = [
+        "--lora",
+        "a=x,y",
+        "--lora",
+        "b=z",
+        "--cors-origins",
+        "http://a, http://b",
+        "--cors-origins",
+        "*",
+    ]
+    result = CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *flags])
+    assert isinstance(result.exception, SettingsError) or result.exit_code == 1, result.output
+    (settings,) = seen
+    assert settings.lora == ("a=x,y", "b=z")
+    assert settings.cors_origins == ("http://a", "http://b", "*")
 
 
 def test_further_arguments_of_vllm_are_lines_of_a_variable_or_flags(monkeypatch: pytest.MonkeyPatch) -> None:

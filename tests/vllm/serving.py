@@ -33,8 +33,9 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *flags: str) -> Iterator[Served]:
-    """The demo model on vLLM, ready. Whatever is left of it when the `with` ends is killed."""
+def starting(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The demo model on vLLM, not yet ready, and the file that its errors go to. It is killed with the
+    `with`."""
     command = [sys.executable, "-m", "server", "serve", "--engine", "vllm", "--port", "0", *flags]
     log = folder / "server.log"
     with log.open("w") as errors:
@@ -48,21 +49,30 @@ def served(folder: Path, *flags: str) -> Iterator[Served]:
             # A shell's jobs in the background ignore Ctrl-C, and hand that on.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    left: list[psutil.Process] = []
     try:
-        assert process.stdout is not None
-        address = ""
-        for line in process.stdout:
-            address = address or "".join(re.findall(r"^address +(\S+)", line))
-            if line.startswith("    -d "):
-                break
-        assert address, log.read_text()[-3000:]
-        found = Served(process, address, log)
-        left = found.descendants()
-        yield found
+        yield process, log
     finally:
-        for each in left:
-            if each.is_running():
-                each.kill()
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[Served]:
+    """The demo model on vLLM, ready. Whatever is left of it when the `with` ends is killed."""
+    with starting(folder, *flags) as (process, log):
+        left: list[psutil.Process] = []
+        try:
+            assert process.stdout is not None
+            address = ""
+            for line in process.stdout:
+                address = address or "".join(re.findall(r"^address +(\S+)", line))
+                if line.startswith("    -d "):
+                    break
+            assert address, log.read_text()[-3000:]
+            found = Served(process, address, log)
+            left = found.descendants()
+            yield found
+        finally:
+            for each in left:
+                if each.is_running():
+                    each.kill()

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
 from tests.server.conftest import CHAT, error_of
-from tests.vllm.serving import END_SECONDS, served
+from tests.vllm.serving import END_SECONDS, served, starting
 
 END_TOKEN = "2"
 # As long as the context: the end token is never drawn.
@@ -90,6 +90,15 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def is_vllm(process: psutil.Process) -> bool:
+    """Whether it is a process that vLLM has started, whatever it is called by now."""
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return "VLLM::" in command or "spawn_main" in command
+
+
 @pytest.mark.parametrize(
     ("ranks", "victim"),
     [
@@ -103,17 +112,17 @@ def test_when_a_process_of_vllm_is_killed_every_request_gets_an_error_and_the_se
     if ranks > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(ranks)))
     flags = ("--tensor-parallel-size", str(ranks), "--max-num-seqs", "1")
-    with served(tmp_path, *flags) as server, running(server.url) as events:
-        processes, vllm = server.descendants(), server.named("VLLM::")
-        for each in vllm:
-            each.suspend()  # so that the answer cannot end before the process
-        waiting = Waiting(server.url)
-        [process] = server.named(victim)
-        process.kill()
-        for each in vllm:
-            if each != process:
-                each.resume()
-        *_, last = events
+    with served(tmp_path, *flags) as server:
+        processes, vllm, [process] = server.descendants(), server.named("VLLM::"), server.named(victim)
+        with running(server.url) as events:
+            for each in vllm:
+                each.suspend()  # so that the answer cannot end before the process
+            waiting = Waiting(server.url)
+            process.kill()
+            for each in vllm:
+                if each != process:
+                    each.resume()
+            *_, last = events
         assert last["error"]["code"] == "engine_unavailable", last
         assert "vLLM's processes has died" in last["error"]["message"]
         assert no_longer_ready(server.url)
@@ -139,3 +148,19 @@ def test_a_signal_lets_what_runs_finish_and_leaves_no_process(how: str, tmp_path
         assert server.process.wait(END_SECONDS) == 0
         until_gone(processes)
         assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("how", ["SIGINT to the process group, as Ctrl-C", "SIGTERM to the server alone"])
+def test_a_signal_while_vllm_loads_ends_it_with_all_of_its_processes(how: str, tmp_path: Path) -> None:
+    with starting(tmp_path) as (process, log):
+        server = psutil.Process(process.pid)
+        while not (children := [each for each in server.children(recursive=True) if is_vllm(each)]):
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        if how.startswith("SIGINT"):
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(END_SECONDS) != 0
+        until_gone(children)
+        assert "Traceback" not in log.read_text()
