@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--engine",
-        choices=["transformers", "vllm"],
+        choices=["transformers", "vllm", "gateway"],
         default="transformers",
-        help="What the clients of tests/clients talk to.",
+        help="What the clients of tests/clients talk to; gateway: a server in front of vLLM with adapters.",
     )
 
 

@@ -48,6 +48,7 @@ from server.engines.upstream_wire import (
     TOOL_CHOICE,
     Lines,
     Reading,
+    about_grammar,
     as_object,
     body_of,
     chat_fields,
@@ -227,6 +228,8 @@ class UpstreamEngine:
                     for output in reading.push(data):
                         yield output
             yield reading.end()
+        except PromptError as error:
+            raise about_grammar(error, request.grammar) from None
         finally:
             self._num_running -= 1
 

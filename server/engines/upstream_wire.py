@@ -21,6 +21,8 @@ from server.engines.base import (
     FinishReason,
     GenerateRequest,
     GenerationError,
+    Grammar,
+    GrammarError,
     Message,
     Output,
     PromptError,
@@ -34,9 +36,11 @@ CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
 TOOL_CHOICE: Final = "tool_choice"
 UNKNOWN_TOKEN: Final = -1
+MAX_TOP_LOGPROBS: Final = 20
 
 _GREEDY_BELOW: Final = 1e-5
 _TOO_LONG: Final = re.compile(r"context[ _]length|maximum.{0,20}length|max_model_len|context window", re.I)
+_ABOUT_GRAMMAR: Final = re.compile(r"grammar|schema|structured", re.I)
 _ENDS: Final[Mapping[str, FinishReason]] = {"stop": "stop", "tool_calls": "stop", "length": "length"}
 _MAX_SHOWN: Final = 500
 
@@ -74,7 +78,9 @@ def body_of(request: GenerateRequest, model: str) -> tuple[str, dict[str, Any]]:
     body |= _shaped(request)
     if isinstance(request.prompt, Chat):
         if request.num_logprobs is not None:
-            body |= {"logprobs": True, "top_logprobs": request.num_logprobs}
+            # vLLM gives a token that was drawn the first of these places, whatever its rank.
+            more = request.num_logprobs and min(request.num_logprobs + 1, MAX_TOP_LOGPROBS)
+            body |= {"logprobs": True, "top_logprobs": more}
         return CHAT, body | chat_fields(request.prompt, strict=TOOL_CHOICE in body)
     if request.num_prompt_logprobs is not None:
         scored = {"echo": True, "logprobs": request.num_prompt_logprobs, "stream": False}
@@ -362,6 +368,13 @@ def error_for(status: int, body: bytes, retry_after: str | None) -> EngineError:
     return EngineUnavailableError(f"The upstream answered with status {status}, which no engine should.")
 
 
+def about_grammar(error: PromptError, grammar: Grammar | None) -> PromptError | GrammarError:
+    """The error that an upstream's refusal of a request with `grammar` stands for."""
+    if grammar is not None and _ABOUT_GRAMMAR.search(str(error)):
+        return GrammarError(str(error), grammar.param)
+    return error
+
+
 def _told(body: bytes) -> tuple[str, str | None]:
     """The message of an error and the field that it names; of OpenAI's shape, vLLM's, or FastAPI's."""
     try:
@@ -392,9 +405,13 @@ def _logprobs(choice: Mapping[str, Any], num_top: int) -> tuple[TokenLogprob, ..
     if "content" not in found:
         return _completion_logprobs(found, num_top)
     return tuple(
-        TokenLogprob(_candidate(place), tuple(_candidate(each) for each in place.get("top_logprobs") or ()))
+        TokenLogprob(_candidate(place), _likeliest(place.get("top_logprobs") or ())[:num_top])
         for place in found["content"] or ()
     )
+
+
+def _likeliest(places: Sequence[Mapping[str, Any]]) -> tuple[Candidate, ...]:
+    return tuple(sorted(map(_candidate, places), key=lambda each: -(each.logprob or 0.0)))
 
 
 def _candidate(place: Mapping[str, Any]) -> Candidate:

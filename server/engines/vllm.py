@@ -66,6 +66,8 @@ from server.engines.vllm_worker import EXTRA_ARGS_KEY, NUM_SLOTS
 _GREEDY_BELOW: Final = 1e-5
 _WATCH_SECONDS: Final = 0.1
 _PAGE_SIZE: Final = 128
+# Supported families that vLLM has no model of its own for. The worker refuses any other such model.
+_FOREIGN: Final = frozenset({"gpt_neox", "olmo2"})
 _START_SECONDS: Final = 1800.0
 _END_SECONDS: Final = 10.0
 _DIED: Final = "one of vLLM's processes has died"
@@ -107,6 +109,7 @@ class VllmEngine(TokenizingEngine):
         self._allows_less_safe = allow_less_safe_levels
         self._refuse_less_safe(loaded_mask)
         self._shape = read_shape(model, trust_remote_code=trust_remote_code)
+        _refuse_foreign(self._shape.model.config.get_text_config().model_type)
         self._verify(loaded_mask)
         on_device = device_of_vllm(device)
         in_dtype = resolve_dtype(dtype, on_device.value)
@@ -540,6 +543,14 @@ def _end_children() -> None:
     for child in children:
         child.join(_END_SECONDS)
         child.kill()
+
+
+def _refuse_foreign(family: str) -> None:
+    if family in _FOREIGN:
+        raise ModelError(
+            f"vLLM runs models of the family {family} through transformers' own modules, where they "
+            "cannot be modulated. Serve it with --engine transformers."
+        )
 
 
 def _refuse_among_weights(mask: Path, model: str) -> None:

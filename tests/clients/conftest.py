@@ -16,8 +16,10 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from server.app import create_app
 from server.engines.base import Engine
 from server.engines.transformers import TransformersEngine
+from server.engines.upstream import UpstreamEngine
 from server.process import bind
 from server.settings import Settings
+from tests.vllm.adapters import serving_adapters
 
 START_SECONDS = 30
 
@@ -50,13 +52,23 @@ def serving(engine: Engine, **settings: Any) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def address(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the server listens, without `/v1`."""
-    if request.config.getoption("--engine") == "vllm":
+    kind = request.config.getoption("--engine")
+    if kind == "vllm":
         engine: Engine = request.getfixturevalue("vllm_engine")
+    elif kind == "gateway":
+        url = request.getfixturevalue("vllm_with_adapters")
+        engine = UpstreamEngine(url, MASK_FILE, served_model_name="demo", upstream_model="demo")
     else:
         engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo")
     with serving(engine) as found:
         yield found
         _collect()  # the engine's end collects garbage too
+
+
+@pytest.fixture(scope="session")
+def vllm_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_adapters(tmp_path_factory.mktemp("adapters")) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True, scope="module")

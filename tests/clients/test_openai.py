@@ -66,9 +66,9 @@ class TestChat:
             answer = asked(client, messages=[system, user(HOW_TO)], extra_body={"safety_level": level})
             return int(answer.usage.prompt_tokens_details.cached_tokens)
 
-        assert cached("11") == 0
-        assert cached("11") > 500
-        assert cached("12") == 0
+        assert cached("balanced") == 0
+        assert cached("balanced") > 500
+        assert cached("security-critical") == 0
 
     @pytest.mark.parametrize("kind", ["chat", "completion"])
     def test_a_long_prompt_is_cached_for_its_salt_only(self, client: OpenAI, kind: str) -> None:
@@ -76,7 +76,7 @@ class TestChat:
         text = f"Please be brief and kind in this {kind}. " * 60
 
         def cached(salt: str | None) -> int:
-            fields: dict[str, Any] = {"extra_body": {"safety_level": "11", "cache_salt": salt}}
+            fields: dict[str, Any] = {"extra_body": {"safety_level": "balanced", "cache_salt": salt}}
             if kind == "chat":
                 messages = [{"role": "system", "content": text}, user(HOW_TO)]
                 answer = asked(client, messages=messages, max_tokens=2, **fields)
@@ -484,8 +484,10 @@ class TestModels:
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_is_an_exception_with_code_and_param(
-    client: OpenAI, fields: Any, code: str, param: str | None, stream: bool
+    client: OpenAI, fields: Any, code: str, param: str | None, stream: bool, request: pytest.FixtureRequest
 ) -> None:
+    if "<|im_end|>" in str(fields) and request.config.getoption("--engine") == "gateway":
+        pytest.skip("whether control tokens in messages are refused, the server behind decides")
     with pytest.raises(BadRequestError) as caught:
         asked(client, stream=stream, **fields)
     assert (caught.value.code, caught.value.param) == (code, param), caught.value

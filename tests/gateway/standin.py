@@ -227,11 +227,17 @@ def _chat_choice(output: Output, body: Mapping[str, Any]) -> dict[str, Any]:
     if body.get("logprobs"):
         said["logprobs"] = {
             "content": [
-                {**_spelled(each.chosen), "top_logprobs": [_spelled(one) for one in each.top]}
+                {**_spelled(each.chosen), "top_logprobs": list(map(_spelled, _first_places(each)))}
                 for each in output.logprobs
             ]
         }
     return {**said, "finish_reason": output.finish_reason}
+
+
+def _first_places(place: TokenLogprob) -> list[Any]:
+    """As vLLM cuts them: what was drawn, then the likeliest, as many as were asked for."""
+    others = [each for each in place.top if each.text != place.chosen.text]
+    return [place.chosen, *others][: len(place.top)]
 
 
 def _spelled(candidate: Any) -> dict[str, Any]:

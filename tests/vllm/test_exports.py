@@ -5,10 +5,7 @@ vLLM runs as a process of its own that knows nothing of this project; the oracle
 
 import asyncio
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,22 +16,20 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
-from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.demo import MASK_FILE
 from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
 from modulation.modulator import modulated
 from server.engines.upstream import UpstreamEngine
-from server.process import bind
 from server.settings import Settings
-from tests.export.exporting import LEVELS, demo_model, demo_prompts, exported, greedy
+from tests.export.exporting import demo_model, demo_prompts, greedy
 from tests.server.conftest import CHAT, error_of, events, listen
 from tests.server.keying import bearer, key_file
+from tests.vllm.adapters import MODELS, serving_adapters
 
 pytestmark = pytest.mark.anyio
 
-MODELS = ("demo", *(f"demo-{level}" for level in LEVELS), "padded-balanced")
 NUM_TOKENS = 32
-START_SECONDS = 300
 
 
 def threshold_of(model: str) -> Threshold:
@@ -45,45 +40,8 @@ def threshold_of(model: str) -> Threshold:
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a vLLM server with an adapter for each level."""
-    folder = tmp_path_factory.mktemp("adapters")
-    exported("lora", "--out", folder)
-    exported("lora", "--out", folder, "--padded", "--level", "balanced", "--name", "padded")
-    listener = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    listener.close()
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL_DIR)),
-        *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
-        *("--enforce-eager", "--max-num-seqs", "32", "--max-num-batched-tokens", "512"),
-        *("--kv-cache-memory-bytes", str(2**28)),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-        *("--enable-lora", "--max-lora-rank", "32", "--max-loras", "5"),
-        *("--lora-modules", *(f"{name}={folder / name}" for name in MODELS if name != "demo")),
-    ]
-    # No plug-in of ours: this is vLLM as anybody installs it.
-    environment = {**os.environ, "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = folder / "vllm.log"
-    with log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=environment)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        asyncio.run(_started(process, url, log))
+    with serving_adapters(tmp_path_factory.mktemp("adapters")) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-async def _started(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    async with httpx.AsyncClient() as client:
-        for _ in range(START_SECONDS):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                if (await client.get(f"{url}/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                await asyncio.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])
 
 
 @pytest.fixture(scope="module")
