@@ -1,11 +1,11 @@
 """This server beside what would be used instead: every contender a real server on loopback, in one run.
 
-All have the same weights, dtype, cores and kinds of prompts. They stay up together and are asked in turns, in
-rounds of shuffled order, so that drift of the machine touches all alike; since two processes of the same code
-differ by some percent, everything is started anew `--starts` times. No prompt is asked twice, of whomever.
-Tokens are counted from the answers' text, with one tokenizer for all. Printed: a table for each load, ratios
-of tokens per second with their quartiles over all rounds, and of the time to the first text; the last line is
-JSON.
+All have the same weights, dtype, cores and kinds of prompts. Those that are compared are up together and are
+asked in turns, in rounds of shuffled order, so that drift of the machine touches them alike; since two
+processes of the same code differ by some percent, everything is started anew `--starts` times. No prompt is
+asked twice. Tokens are counted from the answers' text, with one tokenizer for all. Printed: a table for each
+load, ratios of tokens per second with their quartiles over all rounds, and of the time to the first text; the
+last line is JSON.
 
     python -m benchmarks.contenders                                    two loads, without vLLM
     python -m benchmarks.contenders --full --vllm .venv-vllm/bin/python
@@ -30,7 +30,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.contenders.load import Asker, Load, Measured
-from benchmarks.contenders.sides import Setting, Side, Started, contenders, ratios, sides, started
+from benchmarks.contenders.sides import Setting, Side, Started, contenders, heats, ratios, sides, started
 from benchmarks.serving import ending_with_sigterm
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
@@ -55,8 +55,8 @@ def main() -> None:
     run.report()
 
 
-Rounds = dict[tuple[int, int], Measured]
-"""Of one side at one load, by start and turn."""
+Rounds = dict[tuple[str, int, int], Measured]
+"""Of one side at one load, by heat, start and turn."""
 
 
 class _Run:
@@ -72,36 +72,46 @@ class _Run:
         self._rounds: dict[str, dict[str, Rounds]] = {
             load.name: {name: {} for name in chosen} for load in self._loads
         }
+        self._pairs = ratios(setting.engines)
         self._start_seconds: dict[str, list[float]] = {}
         self._memory: dict[str, list[float]] = {}
 
     def start(self, number: int) -> None:
-        """Start all, ask all, end all."""
-        known = contenders(self._setting)
-        needed = dict.fromkeys(side.contender for side in self._sides.values())
-        with ExitStack() as stack:
-            running: dict[str, Started] = {}
-            for name in needed:
-                log = stack.enter_context((self._arguments.logs / f"{name}-{number}.log").open("wb"))
-                running[name] = stack.enter_context(started(name, known[name], log))
-                self._start_seconds.setdefault(name, []).append(running[name].seconds)
-                _say(f"{name}: ready in {running[name].seconds:.1f} s")
-            asyncio.run(self._ask_all(number, running))
-            for name, each in running.items():
-                self._memory.setdefault(name, []).append(each.memory_mb())
+        """Heat by heat: start its contenders, ask them, end them."""
+        for heat, names in heats(self._setting.engines).items():
+            chosen = {name: self._sides[name] for name in names if name in self._sides}
+            if not any(ours in chosen and theirs in chosen for ours, theirs in self._pairs.values()):
+                continue
+            with ExitStack() as stack:
+                running = {
+                    name: self._started(name, f"{heat}-{number}", stack)
+                    for name in dict.fromkeys(side.contender for side in chosen.values())
+                }
+                asyncio.run(self._ask_all((heat, number), chosen, running))
+                for name, each in running.items():
+                    self._memory.setdefault(name, []).append(each.memory_mb())
 
-    async def _ask_all(self, number: int, running: dict[str, Started]) -> None:
+    def _started(self, name: str, run: str, stack: ExitStack) -> Started:
+        log = stack.enter_context((self._arguments.logs / f"{name}-{run}.log").open("wb"))
+        found = stack.enter_context(started(name, contenders(self._setting)[name], log))
+        self._start_seconds.setdefault(name, []).append(found.seconds)
+        _say(f"{name}: ready in {found.seconds:.1f} s")
+        return found
+
+    async def _ask_all(
+        self, run: tuple[str, int], chosen: dict[str, Side], running: dict[str, Started]
+    ) -> None:
         for load in self._loads:
             for turn in range(-self._arguments.warmup, self._arguments.rounds):
-                for name in self._source.sample(list(self._sides), len(self._sides)):
-                    side = self._sides[name]
+                for name in self._source.sample(list(chosen), len(chosen)):
+                    side = chosen[name]
                     if turn > 0 and turn % side.every:
                         continue
                     target = partial(side.target, running[side.contender].ports)
                     measured = await self._asker.round(load, turn, target, self._source)
                     if turn >= 0:
-                        self._rounds[load.name][name][number, turn] = measured
-            _say(f"{load.name}: {self._arguments.rounds} rounds")
+                        self._rounds[load.name][name][*run, turn] = measured
+            _say(f"{run[0]}: {load.name}")
 
     def report(self) -> None:
         """The tables, the ratios, and all of it as JSON."""
@@ -137,9 +147,9 @@ class _Run:
 
     def _ratios(self, rounds: dict[str, Rounds]) -> dict[str, dict[str, float]]:
         found = {}
-        for name, (ours, theirs) in ratios(self._setting.engines).items():
-            if ours in rounds and theirs in rounds:
-                shared = rounds[ours].keys() & rounds[theirs].keys()
+        for name, (ours, theirs) in self._pairs.items():
+            shared = rounds.get(ours, {}).keys() & rounds.get(theirs, {}).keys()
+            if len(shared) > 1:
                 pairs = [(rounds[ours][turn], rounds[theirs][turn]) for turn in shared]
                 speeds = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
                 low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")

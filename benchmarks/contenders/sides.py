@@ -29,6 +29,7 @@ HERE: Final = Path(__file__).resolve().parents[2]
 READY_SECONDS: Final = 300.0
 EXIT_SECONDS: Final = 60.0
 MODEL: Final = "bench"
+_ALONE: Final = ("off", "one", "mixed", "distinct")  # what an engine is compared to itself by
 _DIRECTLY: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _QUIET: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -191,18 +192,34 @@ def _alike(model: str) -> Callable[[Sequence[int], int], Target]:
     return lambda ports, _n: Target(ports[0], model)
 
 
+def heats(engines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By name, sides that are asked in turns while their contenders are up, and no others: all at once would
+    take more memory than small machines have. Both sides of a ratio are in one of them."""
+    found = {engine: tuple(f"{engine}: {side}" for side in _ALONE) for engine in engines}
+    return found | {
+        "transformers serve": ("transformers: off", "transformers serve"),
+        "plain hooks": ("transformers: mixed", "plain hooks"),
+        "replicas": ("transformers: four", "a replica a level"),
+        "vllm serve": (
+            *(f"{engine}: off" for engine in engines),
+            *("vllm: mixed", "vllm serve", "vllm serve, adapters"),
+        ),
+    }
+
+
 def ratios(engines: Sequence[str]) -> dict[str, tuple[str, str]]:
     """By name, the two sides of each ratio."""
-    found: dict[str, tuple[str, str]] = {}
+    found = {
+        "transformers: vs_transformers_serve": ("transformers: off", "transformers serve"),
+        "transformers: vs_plain_hooks": ("transformers: mixed", "plain hooks"),
+        "transformers: vs_replicas": ("transformers: four", "a replica a level"),
+        "vllm: vs_vllm_adapters": ("vllm: mixed", "vllm serve, adapters"),
+    }
     for engine in engines:
         found |= {
             f"{engine}: mixed_vs_off": (f"{engine}: mixed", f"{engine}: off"),
             f"{engine}: distinct_vs_one": (f"{engine}: distinct", f"{engine}: one"),
-            f"{engine}: vs_transformers_serve": (f"{engine}: off", "transformers serve"),
-            f"{engine}: vs_plain_hooks": (f"{engine}: mixed", "plain hooks"),
-            f"{engine}: vs_replicas": (f"{engine}: four", "a replica a level"),
             f"{engine}: vs_vllm": (f"{engine}: off", "vllm serve"),
-            f"{engine}: vs_vllm_adapters": (f"{engine}: mixed", "vllm serve, adapters"),
         }
     return found
 

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
 from benchmarks.contenders.plain_hooks import create_app
-from benchmarks.contenders.sides import Contender, Setting, contenders, ratios, sides, started
+from benchmarks.contenders.sides import Contender, Setting, contenders, heats, ratios, sides, started
 from benchmarks.wire import Connection, Raw
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
@@ -76,8 +76,9 @@ def test_levels_are_spread_as_each_side_says(setting: Setting) -> None:
     assert [found["a replica a level"].target([5, 6, 7, 8], n).port for n in range(5)] == [5, 6, 7, 8, 5]
     distinct = [found["transformers: distinct"].target([1], n).headers["X-Safety-Level"] for n in range(38)]
     assert sorted(map(int, distinct)) == list(range(1, 39))
-    named = {name for pair in ratios(("transformers", "vllm")).values() for name in pair}
-    assert named <= set(found), "every ratio is of sides that there are"
+    for ours, theirs in ratios(("transformers", "vllm")).values():
+        together = [names for names in heats(("transformers", "vllm")).values() if {ours, theirs} <= {*names}]
+        assert {ours, theirs} <= set(found) and together, "both sides are there, and asked in turns"
 
 
 def test_a_text_counts_from_when_its_event_is_whole() -> None:
