@@ -132,8 +132,8 @@ $(VLLM_INSTALLED): deploy/vllm/requirements.txt constraints.txt
 	touch $@
 
 # The vLLM engine on the demo model: greedy answers against plain transformers, the contract of engines, the API by
-# OpenAI's own client, two ranks against one; and the same client through the gateway. Compiled models are kept under build/ from run to run. The libraries'
-# own warnings are not errors here.
+# OpenAI's own client, two ranks against one; and the same client through the gateway. Compiled models are kept
+# under build/ from run to run. The libraries' own warnings are not errors here.
 VLLM_TESTS ?= tests/vllm tests/clients/test_openai.py tests/clients/test_tools.py
 
 test-vllm: $(VLLM_INSTALLED)

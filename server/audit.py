@@ -37,6 +37,7 @@ class Entry:
     """What is known of one request so far. Those who learn something write it here."""
 
     keeps_prompt: bool = False
+    model: str | None = None
     level_asked: str | None = None
     level: SafetyLevel | None = None
     mask: str | None = None
@@ -45,6 +46,10 @@ class Entry:
     num_choices: int = 0
     choices_per_prompt: int = 1
     last: dict[int, Output] = field(default_factory=dict)
+
+    def named(self, model: str) -> None:
+        """The model that the request names, whatever it is."""
+        self.model = model[:MAX_SHOWN]
 
     def asked(self, values: Sequence[object]) -> None:
         """The levels that the request names."""
@@ -78,6 +83,7 @@ class Entry:
         threshold = self.level.threshold if self.level else None
         lasts = self.last.items()
         return {
+            "model": self.model,
             "level_asked": self.level_asked,
             "level_applied": self.level.name if self.level else None,
             "num_safety": threshold.num_safety if threshold else None,

@@ -96,13 +96,12 @@ def serve(**flags: Any) -> None:
 
     end = EngineEnd()
     allow_files(settings.max_connections)
-    with bind(settings.host, settings.port) as listener:
-        with ended_by_sigterm():
-            engine = build_engine(settings, end)
+    with ended_by_sigterm(), bind(settings.host, settings.port) as listener:
+        engine = build_engine(settings, end)
         try:
             drain = Drain()
             application = create_app(settings, engine, drain)
-        except NeuronTuneError:
+        except BaseException:
             asyncio.run(engine.close())
             raise
         address, port = listener.getsockname()[:2]

@@ -35,9 +35,9 @@ from server.engines.base import (
     PromptError,
     UnsupportedByEngineError,
 )
-from server.engines.tallying import Observed
 from server.errors import LevelDeniedError, RefusedError
 from server.metric_table import TABLE
+from server.observed import Observed
 
 CUSTOM: Final = "custom"
 DEFAULT: Final = "default"

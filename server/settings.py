@@ -219,7 +219,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
-        if value == "":
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
             raise ValueError("must not be empty; leave it out to get the default")
         return value
 

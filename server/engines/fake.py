@@ -39,6 +39,7 @@ from server.engines.base import (
     UnsupportedByEngineError,
 )
 from server.engines.in_force import InForce
+from server.engines.limits import refuse_unknown_adapter
 from server.engines.tallying import Tally
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class FakeEngine:
         health = self.healthy()
         if not health.ready:
             raise EngineUnavailableError(health.reason, None if self._closed.is_set() else 1)
+        refuse_unknown_adapter(request.adapter, self.describe().adapters)
         num_prompt = self._checked_length(request)
         finished = False
         with self._in_force.held(request.mask_digest) as known:

@@ -1,9 +1,11 @@
-"""What a request may ask of any model: tokens that fit the context, tokens that exist.
+"""What a request may ask of any model: tokens that fit the context, tokens and adapters that exist.
 
 Knows numbers. Knows no model and no engine.
 """
 
-from server.engines.base import PromptError, PromptTooLongError, Sampling
+from collections.abc import Collection
+
+from server.engines.base import PromptError, PromptTooLongError, Sampling, UnsupportedByEngineError
 
 
 def token_limit(max_model_len: int, num_prompt_tokens: int, max_tokens: int | None) -> int:
@@ -31,3 +33,11 @@ def refuse_unknown_bias(sampling: Sampling, vocabulary: int) -> None:
                 f"logit_bias: {token} is no token of this model; accepted: 0 to {vocabulary - 1}.",
                 "logit_bias",
             )
+
+
+def refuse_unknown_adapter(adapter: str | None, known: Collection[str]) -> None:
+    """Raises UnsupportedByEngineError for an adapter that the engine does not have."""
+    if adapter is not None and adapter not in known:
+        raise UnsupportedByEngineError(
+            f"There is no adapter {adapter!r} here. Accepted: {', '.join(known) or 'none'}.", "model"
+        )

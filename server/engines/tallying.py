@@ -4,11 +4,10 @@ Knows numbers. Knows no model, no torch, no metric. Written to by the one thread
 by another: a count may be a step old, never wrong.
 """
 
-from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Final
 
-from server.engines.base import MODULATION_BOUNDS, STEP_LEVEL_BOUNDS, Distribution, Tallies
+from server.engines.base import MODULATION_BOUNDS, STEP_LEVEL_BOUNDS, Tallies
+from server.observed import Observed
 
 SAMPLE_EVERY: Final = 64
 
@@ -52,21 +51,3 @@ class Tally:
             step_levels=self._levels.distribution(),
             modulation_seconds=self._seconds.distribution(),
         )
-
-
-class Observed:
-    """Observations counted by size, between `bounds` that rise."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def add(self, value: float) -> None:
-        """Count one."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
-
-    def distribution(self) -> Distribution:
-        """All until now."""
-        return Distribution(self._bounds, tuple(self._counts), self._total)

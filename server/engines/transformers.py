@@ -42,7 +42,7 @@ from server.engines.base import (
 )
 from server.engines.batching import LevelManager, request_id
 from server.engines.grammar import Grammars
-from server.engines.limits import refuse_unknown_bias, token_limit
+from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
 from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.rows import PlaceLogprobs, Row
@@ -230,6 +230,7 @@ class TransformersEngine(TokenizingEngine):
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         asked = time.perf_counter()
         self._refuse_if_not_ready()
+        refuse_unknown_adapter(request.adapter, self._info.adapters)
         with self._masks.held(request.mask_digest) as mask:
             prompt = await self._preparers.encoded(request.prompt)
             limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)

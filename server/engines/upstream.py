@@ -35,6 +35,7 @@ from server.engines.base import (
     PromptTooLongError,
     UnsupportedByEngineError,
 )
+from server.engines.limits import refuse_unknown_adapter
 from server.engines.upstream_watch import (
     CONNECT_SECONDS,
     KEEP_ALIVE_SECONDS,
@@ -208,6 +209,7 @@ class UpstreamEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         self._refuse_if_not_ready()
+        refuse_unknown_adapter(request.adapter, self._info.adapters)
         if request.mask_digest not in (None, self._info.mask_digest):
             raise EngineUnavailableError(f"The mask {request.mask_digest} is not in force here.")
         path, body = body_of(request, self._model_of(request.threshold))

@@ -370,7 +370,8 @@ def error_for(status: int, body: bytes, retry_after: str | None) -> EngineError:
 
 def about_grammar(error: PromptError, grammar: Grammar | None) -> PromptError | GrammarError:
     """The error that an upstream's refusal of a request with `grammar` stands for."""
-    if grammar is not None and _ABOUT_GRAMMAR.search(str(error)):
+    is_plain = type(error) is PromptError and error.param is None
+    if grammar is not None and is_plain and _ABOUT_GRAMMAR.search(str(error)):
         return GrammarError(str(error), grammar.param)
     return error
 

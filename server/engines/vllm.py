@@ -27,6 +27,7 @@ from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -52,7 +53,7 @@ from server.engines.base import (
 )
 from server.engines.grammar import Grammars, styled
 from server.engines.in_force import InForce
-from server.engines.limits import refuse_unknown_bias, token_limit
+from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
 from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.sizes import resolve_sizes, stop_ids
 from server.engines.supervision import leave_it
@@ -69,7 +70,7 @@ _PAGE_SIZE: Final = 128
 # Supported families that vLLM has no model of its own for. The worker refuses any other such model.
 _FOREIGN: Final = frozenset({"gpt_neox", "olmo2"})
 _START_SECONDS: Final = 1800.0
-_END_SECONDS: Final = 10.0
+_END_SECONDS: Final = 30.0
 _DIED: Final = "one of vLLM's processes has died"
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ class VllmEngine(TokenizingEngine):
         )
         config = self._shape.model.config.get_text_config()
         bounds_cache = kv_cache_tokens is not None or on_device.value == "cpu"
-        self._adapters = read_adapters(arguments.lora, served_model_name)
+        self._adapters = read_adapters(arguments.lora, served_model_name, self._shape.model)
         engine_args = engine_arguments(
             model,
             config,
@@ -152,6 +153,7 @@ class VllmEngine(TokenizingEngine):
         self._thread = threading.Thread(target=self._run_loop, name="vllm", daemon=True)
         self._thread.start()
         self._llm: AsyncLLM | None = None
+        self._starting: Future[AsyncLLM] = Future()
         try:
             self._llm = self._waited_for(self._started(engine_args))
             length = int(self._llm.model_config.max_model_len)
@@ -208,6 +210,7 @@ class VllmEngine(TokenizingEngine):
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Output, None]:
         begun = time.monotonic()
         self._refuse_if_not_ready()
+        refuse_unknown_adapter(request.adapter, self._info.adapters)
         prompt = await self._preparers.encoded(request.prompt)
         limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
         # Off the event loop, like tokenising: a large schema takes seconds to compile.
@@ -283,7 +286,8 @@ class VllmEngine(TokenizingEngine):
             stream.put(self._unavailable())
         except Exception as error:
             cause = error.__cause__ or error
-            stream.put(GenerationError(f"This answer could not go on: {_brief(cause)}"))
+            reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+            stream.put(GenerationError(f"This answer could not go on: {reason}"))
         finally:
             self._released.set()
 
@@ -319,7 +323,7 @@ class VllmEngine(TokenizingEngine):
             )
 
     async def _started(self, engine_args: Any) -> AsyncLLM:
-        started: Future[AsyncLLM] = Future()
+        started = self._starting
         started.set_running_or_notify_cancel()  # nobody cancels what the thread will set
 
         def start() -> None:
@@ -384,10 +388,22 @@ class VllmEngine(TokenizingEngine):
         if self._llm is not None:
             self._llm.shutdown()
         else:
-            _end_children()
+            self._give_up_start()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _give_up_start(self) -> None:
+        """End what vLLM has started, and what it still starts: its processes heed neither Ctrl-C nor, while
+        they load, SIGTERM. Without them the start fails."""
+        deadline = time.monotonic() + _END_SECONDS
+        while time.monotonic() < deadline:
+            for child in multiprocessing.active_children():
+                if child.pid is not None:
+                    kill_process_tree(child.pid)
+            if not self._starting.running():
+                break
+            time.sleep(_WATCH_SECONDS)
 
     def _waited_for(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives, run on vLLM's loop while this thread waits."""
@@ -533,16 +549,6 @@ def _brief(error: BaseException) -> str:
     """What an error says in its first lines, as one: pydantic's first only counts, the next name and tell."""
     lines = [line.strip() for line in str(error).strip().splitlines()[:3]]
     return " ".join(lines) or type(error).__name__
-
-
-def _end_children() -> None:
-    """End what vLLM had started before its start was given up: it does not heed Ctrl-C itself."""
-    children = multiprocessing.active_children()
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(_END_SECONDS)
-        child.kill()
 
 
 def _refuse_foreign(family: str) -> None:

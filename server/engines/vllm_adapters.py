@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from vllm.lora.request import LoRARequest
 
 from modulation.errors import ModelError
@@ -19,6 +20,7 @@ from modulation.files import read_regular
 
 MAX_CONFIG_BYTES: Final = 2**20
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_MATRIX: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _WHAT: Final = "lora {text!r}: give NAME=FOLDER, for example cooking=adapters/cooking."
 
 
@@ -42,10 +44,11 @@ class Adapters:
         }
 
 
-def read_adapters(given: Sequence[str], served: str) -> Adapters:
-    """What `given` names, as NAME=FOLDER; `served` is the name that the model itself has.
+def read_adapters(given: Sequence[str], served: str, model: nn.Module) -> Adapters:
+    """What `given` names, as NAME=FOLDER; `served` is the name that `model` itself has.
 
-    Raises ModelError for what is none, for a name that is taken, and for a folder that holds no adapter.
+    Raises ModelError for what is none, for a name that is taken, and for a folder that holds no adapter, or
+    one for another model: vLLM itself would pass over what it finds no place for.
     """
     found: dict[str, LoRARequest] = {}
     ranks = [1]
@@ -57,13 +60,13 @@ def read_adapters(given: Sequence[str], served: str) -> Adapters:
             raise ModelError(f"lora {text!r}: a name has letters, digits and . _ - / alone, at most 128.")
         if name == served or name in found:
             raise ModelError(f"lora {text!r}: the name {name} is taken. Give each adapter one of its own.")
-        _refuse_output_layer(Path(folder))
+        _refuse_misfit(Path(folder), model)
         ranks.append(_rank(Path(folder)))
         found[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(Path(folder).resolve()))
     return Adapters(found, max(ranks))
 
 
-def _refuse_output_layer(folder: Path) -> None:
+def _refuse_misfit(folder: Path, model: nn.Module) -> None:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(
@@ -72,14 +75,31 @@ def _refuse_output_layer(folder: Path) -> None:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"LoRA adapter {folder}: {path.name} cannot be read ({error}).") from error
-    for name in names:
+    if not shapes:
+        raise ModelError(f"LoRA adapter {folder}: {path.name} is empty.")
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        found = _MATRIX.fullmatch(name)
+        module = modules.get(found["module"]) if found else None
+        if found is None or not isinstance(module, nn.Linear):
+            raise ModelError(
+                f"LoRA adapter {folder}: {name} is no matrix for a linear layer of this model. Adapters of "
+                "other models, and of layers that are not linear, cannot be served."
+            )
         if "lm_head" in name:
             raise ModelError(
                 f"LoRA adapter {folder} changes the output layer ({name}), which is not supported: vLLM's "
                 "log-probabilities of prompts would not be of the adapted model. Train it without lm_head."
+            )
+        width = shape[1] if found["side"] == "A" else shape[0]
+        expected = module.in_features if found["side"] == "A" else module.out_features
+        if len(shape) != 2 or width != expected:
+            raise ModelError(
+                f"LoRA adapter {folder}: {name} has shape {shape}, and the layer is {expected} wide there. "
+                "It was trained on another model."
             )
 
 

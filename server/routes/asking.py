@@ -53,7 +53,9 @@ class Asking:
         """The level that the request gets. Raises LevelDeniedError and ModelNotFoundError."""
         if (trace := trace_of(request.scope)) is not None:
             trace.read(body)
-        asked, entry = _asked_levels(request, body, self.model, info), entry_of(request.scope)
+        entry = entry_of(request.scope)
+        entry.named(body.model)
+        asked = _asked_levels(request, body, self.model, info)
         entry.asked([one.value for one in asked])
         try:
             # Read anew: another mask may have another threshold under the same name.

@@ -27,6 +27,7 @@ from server.engines.base import (
     PromptError,
     PromptTooLongError,
     Sampling,
+    UnsupportedByEngineError,
 )
 
 GREEDY = Sampling(temperature=0.0)
@@ -103,6 +104,12 @@ class EngineContract:
         assert info == engine.describe()
         assert info.model_id and info.max_model_len > 0 and info.details
         assert int(info.mask_digest, 16) >= 0
+
+    async def test_an_adapter_that_is_not_there_is_refused(self, engine: Engine) -> None:
+        asked = replace(self.ask(self.prompts[0]), adapter="nope")
+        with pytest.raises(UnsupportedByEngineError, match="no adapter 'nope'") as refused:
+            await collect(engine.generate(asked))
+        assert refused.value.param == "model" and is_idle(engine)
 
     async def test_a_new_engine_is_ready_and_idle(self, closable_engine: Engine) -> None:
         state = closable_engine.healthy()

@@ -175,7 +175,7 @@ async def test_every_field_of_sampling_is_passed_on(mask_file: Path) -> None:
         asked = upstream.asked[-1]
         told = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 11, "min_p": 0.05, "max_tokens": 9}
         told |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
-        told |= {"logit_bias": {"3": -1.5}, "logprobs": True, "top_logprobs": 2, "stream": True}
+        told |= {"logit_bias": {"3": -1.5}, "logprobs": True, "top_logprobs": 3, "stream": True}
         told |= {"cache_salt": "mine"}
         assert {name: asked[name] for name in told} == told
         await collect(engine.generate(replace(HELLO, sampling=Sampling())))

@@ -72,6 +72,19 @@ async def test_who_may_use_which_is_listed_and_held_to(client: httpx.AsyncClient
                 assert not any(f"{each}@" in message for each in {"demo", "cooking"} - {*served})
 
 
+async def test_a_floor_holds_for_adapters_too(client: httpx.AsyncClient, control: Control) -> None:
+    for model, fields, status, code in (
+        ("cooking@off", {}, 403, "safety_level_forbidden"),
+        ("cooking@3", {}, 403, "safety_level_forbidden"),
+        ("cooking", {"safety_level": "utility-priority"}, 403, "safety_level_forbidden"),
+        ("cooking@balanced", {"safety_level": "security-critical"}, 400, "safety_level_conflict"),
+        ("org/law-2@balanced", {}, 404, "model_not_found"),
+    ):
+        body = {"model": model, "messages": MESSAGES, **fields}
+        error_of(await client.post(CHAT, json=body, headers=bearer("cook")), status, code)
+    assert not control.requests, "what is refused reaches no engine"
+
+
 async def test_one_who_may_not_use_the_model_names_an_adapter_to_count_its_tokens(
     client: httpx.AsyncClient,
 ) -> None:

@@ -86,6 +86,7 @@ async def test_a_request_leaves_one_line_that_says_who_asked_for_what(
         "method": "POST",
         "path": CHAT,
         "status": 200,
+        "model": "demo",
         "level_asked": "off",
         "level_applied": "off",
         "num_safety": 0,
@@ -115,6 +116,7 @@ async def test_levels_tokens_and_ends_are_those_of_the_answer(
         (None, "balanced"),
         (None, "balanced"),
     ]
+    assert [line["model"] for line in lines] == ["demo", "demo", "demo@40", "demo", "demo"]
     for line in lines:
         threshold = LEVELS.parse(line["level_applied"]).threshold
         assert (line["num_safety"], line["num_utility"]) == (threshold.num_safety, threshold.num_utility)

@@ -69,6 +69,9 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({**UPSTREAM, "adapter": "a=b,a=c"}, "a level twice"),
         ({"quantization": "fp8"}, "only the vllm engine knows quantization"),
         ({"engine": "fake", "vllm_arg": ["a=1"]}, "no use for vllm_arg"),
+        ({"engine": "vllm", "lora": ["a=x", ""]}, "must not be empty"),
+        ({"engine": "vllm", "vllm_arg": [""]}, "must not be empty"),
+        ({"cors_origins": [""]}, "must not be empty"),
         ({**UPSTREAM, "tensor_parallel_size": "2"}, "no use for tensor_parallel_size"),
         ({"engine": "vllm", "max_engine_failures": "2"}, "leave max_engine_failures out"),
     ],
@@ -141,8 +144,7 @@ def test_a_flag_that_was_given_several_times_has_each_of_its_values(monkeypatch:
         "--cors-origins",
         "*",
     ]
-    result = CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *flags])
-    assert isinstance(result.exception, SettingsError) or result.exit_code == 1, result.output
+    CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *flags])
     (settings,) = seen
     assert settings.lora == ("a=x,y", "b=z")
     assert settings.cors_origins == ("http://a", "http://b", "*")

@@ -112,23 +112,33 @@ async def test_adapters_and_levels_in_one_batch_have_the_tokens_of_merged_weight
         (["a={broken}"], "broken: adapter_config.json cannot be read"),
         (["a={empty}"], "empty: adapter_model.safetensors cannot be read"),
         (["a={output}"], "output changes the output layer"),
+        (["a={other}"], "no.such.layer.lora_A.weight is no matrix for a linear layer of this model"),
+        (["a={narrow}"], r"q_proj.lora_A.weight has shape \(1, 1\), and the layer is 192 wide"),
         (["a={large}"], "large has rank 1024; vLLM takes at most 512"),
     ],
 )
 def test_what_is_no_adapter_is_refused_by_name(
     folders: dict[str, Path], tmp_path: Path, given: Sequence[str], says: str
 ) -> None:
-    configs = {"broken": "{", "large": '{"r": 8, "rank_pattern": {"q_proj": 1024}}', "output": "{}"}
-    for name, config in configs.items():
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+    right = "model.layers.0.self_attn.q_proj"
+    broken = {
+        "broken": ("{", right, model.config.hidden_size),
+        "large": ('{"r": 8, "rank_pattern": {"q_proj": 1024}}', right, model.config.hidden_size),
+        "output": ("{}", "lm_head", model.config.hidden_size),
+        "other": ("{}", "model.no.such.layer", 1),
+        "narrow": ("{}", right, 1),
+    }
+    for name, (config, layer, width) in broken.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(config)
-        layer = "lm_head" if name == "output" else "layers.0.self_attn.q_proj"
-        save_file({f"{layer}.lora_A.weight": torch.ones(1, 1)}, tmp_path / name / "adapter_model.safetensors")
+        tensors = {f"base_model.model.{layer}.lora_A.weight": torch.ones(1, width)}
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "adapter_model.safetensors").touch()
-    places = {**folders, **{name: tmp_path / name for name in (*configs, "empty")}}
+    places = {**folders, **{name: tmp_path / name for name in (*broken, "empty")}}
     with pytest.raises(ModelError, match=says):
-        read_adapters([each.format(**places) for each in given], "demo")
+        read_adapters([each.format(**places) for each in given], "demo", model)
 
 
 async def test_log_probabilities_of_prompts_are_of_the_adapted_model(

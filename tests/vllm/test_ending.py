@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def group(leader: int) -> list[psutil.Process]:
+    """Whoever is in the leader's process group."""
+    found = []
+    for each in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getpgid(each.pid) == leader:
+                found.append(each)
+    return found
+
+
 def is_vllm(process: psutil.Process) -> bool:
     """Whether it is a process that vLLM has started, whatever it is called by now."""
     try:
@@ -150,11 +160,20 @@ def test_a_signal_lets_what_runs_finish_and_leaves_no_process(how: str, tmp_path
         assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("num_processes", [0, 1, 3], ids="{} of vLLM's processes are there".format)
 @pytest.mark.parametrize("how", ["SIGINT to the process group, as Ctrl-C", "SIGTERM to the server alone"])
-def test_a_signal_while_vllm_loads_ends_it_with_all_of_its_processes(how: str, tmp_path: Path) -> None:
-    with starting(tmp_path) as (process, log):
+def test_a_signal_while_vllm_loads_ends_it_with_all_of_its_processes(
+    how: str, num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with starting(tmp_path, "--tensor-parallel-size", "2") as (process, log):
         server = psutil.Process(process.pid)
-        while not (children := [each for each in server.children(recursive=True) if is_vllm(each)]):
+        while "vllm" not in log.read_text():  # its modules are being imported, or more
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        children: list[psutil.Process] = []
+        while len(children) < num_processes:
+            children = [each for each in server.children(recursive=True) if is_vllm(each)]
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.05)
         if how.startswith("SIGINT"):
@@ -162,5 +181,5 @@ def test_a_signal_while_vllm_loads_ends_it_with_all_of_its_processes(how: str, t
         else:
             process.send_signal(signal.SIGTERM)
         assert process.wait(END_SECONDS) != 0
-        until_gone(children)
+        until_gone([*children, *group(process.pid)])
         assert "Traceback" not in log.read_text()
