@@ -79,24 +79,7 @@ def contenders(setting: Setting) -> dict[str, Contender]:
     """By name, all that this machine can start."""
     found = {
         "ours, transformers": Contender((_ours(setting, sys.executable, "off"),), "/ready"),
-        "transformers serve": Contender(
-            (
-                (
-                    f"{Path(sys.executable).parent}/transformers",
-                    *("serve", setting.model, "--continuous-batching", "--device", "cpu"),
-                    *(
-                        "--dtype",
-                        "float32",
-                        "--host",
-                        "127.0.0.1",
-                        "--port",
-                        "{port}",
-                        "--log-level",
-                        "error",
-                    ),
-                ),
-            )
-        ),
+        "transformers serve": Contender((_transformers(setting),)),
         "plain hooks": Contender(
             (
                 (
@@ -133,6 +116,15 @@ def contenders(setting: Setting) -> dict[str, Contender]:
             )
             found["vllm serve, adapters"] = Contender(((*stock, *adapted),), environment=_QUIET)
     return found
+
+
+def _transformers(setting: Setting) -> tuple[str, ...]:
+    """Its cache gets as much as it needs here. By itself it takes most of the memory, and then fills tensors
+    of that size anew at each step."""
+    flags = "--continuous-batching --device cpu --dtype float32 --host 127.0.0.1 --log-level error"
+    cache = "--cb-block-size 32 --cb-num-blocks 512 --cb-max-batch-tokens 512"
+    program = f"{Path(sys.executable).parent}/transformers"
+    return (program, "serve", setting.model, "--port", "{port}", *flags.split(), *cache.split())
 
 
 def _rank(adapter: Path) -> int:

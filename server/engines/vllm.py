@@ -154,6 +154,7 @@ class VllmEngine(TokenizingEngine):
         self._thread.start()
         self._llm: AsyncLLM | None = None
         self._starting: Future[AsyncLLM] = Future()
+        self._not_ours = set(multiprocessing.active_children())
         try:
             self._llm = self._waited_for(self._started(engine_args))
             length = int(self._llm.model_config.max_model_len)
@@ -398,7 +399,7 @@ class VllmEngine(TokenizingEngine):
         they load, SIGTERM. Without them the start fails."""
         deadline = time.monotonic() + _END_SECONDS
         while time.monotonic() < deadline:
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - self._not_ours:
                 if child.pid is not None:
                     kill_process_tree(child.pid)
             if not self._starting.running():

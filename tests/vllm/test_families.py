@@ -36,6 +36,7 @@ def saved(family: str, folder: Path) -> tuple[Path, Path]:
     model = tiny_model(
         family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         hidden_size=128, head_dim=32, n_embd=128, word_embed_proj_dim=128,
+        ffn_hidden_size=512,  # vLLM's falcon knows no other width
     )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,7 +90,7 @@ def test_a_mixed_batch_has_the_tokens_of_plain_transformers(family: str, tmp_pat
             assert answered == expected
             assert scored == pytest.approx(scores, abs=1e-4)
             first.append(scores[0])
-        assert min(abs(one - other) for one, other in itertools.combinations(first, 2)) > 1e-3, first
+        assert min(abs(one - other) for one, other in itertools.combinations(first, 2)) > 3e-4, first
 
 
 def plain(model: Any, prompt: tuple[int, ...]) -> Answer:
