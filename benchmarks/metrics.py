@@ -6,9 +6,9 @@ same code differ by several percent. Without metrics, their methods do nothing a
 nothing. Printed: the median over the pairs of the ratio of tokens per second with to without (checked: at
 least 0.98), and of the server's CPU seconds per token, which other work on the machine disturbs less.
 With `--control` nothing is switched: how far from 1 the machine alone takes the ratio. Printed too: the CPU
-time of counting one answer of 30 tokens, by itself, without a model. Then a server of the
-fake engine finishes `--finished` answers, and `/metrics` is asked for (checked: half of the answers within
-10 ms). Exit code 1 if a check fails.
+time of counting one answer of 30 tokens, by itself, without a model. Then a server of the fake engine
+finishes `--finished` answers, and `/metrics` is asked for (checked: half of the answers within 10 ms). Exit
+code 1 if a check fails.
 
     python -m benchmarks.metrics
 """

@@ -117,8 +117,6 @@ class _Run:
             for turn in range(-self._arguments.warmup, self._arguments.rounds):
                 for name in self._source.sample(list(chosen), len(chosen)):
                     side = chosen[name]
-                    if turn > 0 and turn % side.every:
-                        continue
                     target = partial(side.target, running[side.contender].ports)
                     measured = await self._asker.round(load, turn, target, self._source)
                     if turn >= 0:

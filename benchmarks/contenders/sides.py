@@ -67,12 +67,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Side:
-    """A contender, and where its request number n goes, given the ports of its processes. A slow one is asked
-    in one of `every` turns."""
+    """A contender, and where its request number n goes, given the ports of its processes."""
 
     contender: str
     target: Callable[[Sequence[int], int], Target]
-    every: int = 1
 
 
 def contenders(setting: Setting) -> dict[str, Contender]:
@@ -165,7 +163,7 @@ def sides(setting: Setting) -> dict[str, Side]:
             f"{engine}: four": ours(engine, lambda n: every[n % len(every)]),
         }
     found |= {
-        "transformers serve": Side("transformers serve", _alike(setting.model), every=3),
+        "transformers serve": Side("transformers serve", _alike(setting.model)),
         "plain hooks": Side(
             "plain hooks",
             lambda ports, n: Target(

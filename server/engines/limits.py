@@ -1,6 +1,6 @@
 """What a request may ask of any model: tokens that fit the context, tokens and adapters that exist.
 
-Knows numbers. Knows no model and no engine.
+Knows numbers and names. Knows no model and no engine.
 """
 
 from collections.abc import Collection

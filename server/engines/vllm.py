@@ -4,9 +4,8 @@ Knows vLLM's `AsyncLLM` and the RPCs of `vllm_worker`. Knows nothing of HTTP or 
 
 A request's threshold and the slot of its mask ride in `SamplingParams.extra_args`, and are part of
 `cache_salt`, so that what was computed under one threshold or mask is never found under another; vLLM itself
-keeps adapters apart. vLLM lives
-on an event loop and a thread of its own: it can be proved to be modulated before anybody serves, and whoever
-asks may come from any loop.
+keeps adapters apart. vLLM lives on an event loop and a thread of its own: it can be proved to be modulated
+before anybody serves, and whoever asks may come from any loop.
 """
 
 import asyncio
