@@ -54,7 +54,7 @@ async def _run(engine: TransformersEngine, arguments: argparse.Namespace) -> Non
     for number in range(-arguments.warmup, arguments.rounds):
         for name in source.sample(list(sides), len(sides)):
             if name == "no hooks":
-                with _without_hooks(engine):
+                with without_hooks(engine):
                     speed = await _round(engine, sides[name], arguments.tokens)
             else:
                 speed = await _round(engine, sides[name], arguments.tokens)
@@ -81,7 +81,7 @@ async def _round(engine: TransformersEngine, thresholds: list[Threshold], num_to
 
 
 @contextmanager
-def _without_hooks(engine: TransformersEngine) -> Iterator[None]:
+def without_hooks(engine: TransformersEngine) -> Iterator[None]:
     """The bare model in the same engine. Safe between rounds only: nothing is running then."""
     hooked = [module for module in engine._model.modules() if module._forward_pre_hooks]
     kept = [dict(module._forward_pre_hooks) for module in hooked]

@@ -5,11 +5,13 @@
     dense         every neuron times a scale that is looked up by rank and the token's threshold, as in vLLM
     dense, given  the same, with the scale of all neurons made once for a step, as memory allows
     compiled ...  by torch.compile, as in a model that is compiled whole
+    fused         in place by one kernel of ours, which looks at thresholds itself; on CUDA, where it serves
 
 Each way is timed with the activation function before it, with which a compiled way is fused; `none` is
 that function alone. Widths are those of the demo model, SmolLM2-135M, Qwen3-0.6B and Llama-3-8B; 1 and 16
 tokens are steps that decode, 512 one that reads a prompt. Microseconds, medians; before timing, every way is
-checked to give what the first gives. The last line is JSON.
+checked to give what the first gives. On CUDA calls are recorded as a graph, as a step of the server is, so it
+is the GPU's time that counts. The last line is JSON.
 
     python -m benchmarks.modulator
 """
@@ -29,12 +31,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from modulation.fused import scale_in_place
 from modulation.modulator import _scaled
 
 WIDTHS: Final = (640, 1536, 3072, 14336)
 TOKENS: Final = (1, 16, 512)
 NEURONS: Final = (8, 64, 512)
 NEVER: Final = 2**30
+RECORDED: Final = 50  # calls in a graph
 
 Way = Callable[[Tensor], Tensor]
 
@@ -69,6 +73,12 @@ def ways(width: int, num_tokens: int, num_neurons: int, device: str, *, compiles
     found: dict[str, Way] = {
         "none": silu, "gathered": gathered, "in place": in_place, "dense": dense, "dense, given": dense_given,
     }  # fmt: skip
+    if device == "cuda":
+        kinds = torch.zeros(num_neurons, dtype=torch.int64, device=device)
+        thresholds = torch.cat([limits, torch.zeros_like(limits)], dim=1)
+        found["fused"] = lambda projected: scale_in_place(
+            silu(projected), columns, kinds, ranks, factors, thresholds
+        )
     if compiles:
         torch._dynamo.reset()
         found |= {
@@ -132,11 +142,34 @@ def _timed(
 ) -> dict[str, float]:
     """Median microseconds of a call, over rounds of some milliseconds each, in shuffled order."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    num_calls = 1
+    if projected.is_cuda:
+        num_calls = RECORDED
+        candidates = {name: _recorded(way, projected) for name, way in candidates.items()}
     calls = {name: _calls(way, projected) for name, way in candidates.items()}
     for _ in range(rounds):
         for name in source.sample(list(candidates), len(candidates)):
-            seconds[name].append(_one(candidates[name], projected, calls[name]) / calls[name])
+            seconds[name].append(_one(candidates[name], projected, calls[name]) / calls[name] / num_calls)
     return {name: round(1e6 * statistics.median(each), 2) for name, each in seconds.items()}
+
+
+def _recorded(way: Way, projected: Tensor) -> Way:
+    """A graph of some calls, as one call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        way(projected)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RECORDED):
+            given = way(projected)
+
+    def replay(_projected: Tensor) -> Tensor:
+        graph.replay()
+        return given
+
+    return replay
 
 
 def _calls(way: Way, projected: Tensor) -> int:

@@ -7,7 +7,7 @@ and threshold n_t, a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1.0). Only the ma
 touched; at (0, 0) they are multiplied by exactly 1.0. Any mix of thresholds costs the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modulation import fused
 from modulation.errors import ModulationError
 from modulation.levels import Threshold
 from modulation.masks import Mask
@@ -41,10 +42,11 @@ class Modulator:
         self._sites = [site for site in find_sites(model) if _neurons_in(mask, site.layer)]
         self._hooks = ExitStack()
         self._entered = False
-        self._scales: Sequence[Tensor] | None = None  # one per site: (tokens or 1, neurons of the site)
+        # What the next pass does to the activations of a site, by its number.
+        self._change: Callable[[int, Tensor], Tensor] | None = None
         self._unseen: set[str] = set()
         device = next(model.parameters()).device
-        self._columns: dict[int, Tensor] = {}
+        self._columns: list[Tensor] = []  # by site
         self._sizes: list[int] = []
         kinds: list[int] = []
         ranks: list[int] = []
@@ -56,13 +58,14 @@ class Modulator:
             factors += [factor for _, _, factor, _ in members]
             weight = site.module.weight
             assert isinstance(weight, Tensor)
-            self._columns[site.layer] = torch.tensor([i for *_, i in members], device=weight.device)
+            self._columns.append(torch.tensor([i for *_, i in members], device=weight.device))
             self._sizes.append(len(members))
         # One entry per neuron of the mask, all layers together: (neurons,)
         self._kinds = torch.tensor(kinds, dtype=torch.int64, device=device)
         self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
         self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._ones = torch.ones((), dtype=torch.float32, device=device)
+        self._is_fused = all(fused.is_available(each.device) for each in self._columns)
         # Where each of these neurons stands among all, safety set first, by rank.
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
@@ -83,9 +86,27 @@ class Modulator:
         assert thresholds.ndim == 2 and thresholds.shape[1] == 2, thresholds.shape
         self.check()
         self._unseen = {site.name for site in self._sites}
+        fuses = self._is_fused and not torch.is_grad_enabled()
+        self._change = self._fused(thresholds) if fuses else self._gathered(thresholds)
+
+    def _gathered(self, thresholds: Tensor) -> Callable[[int, Tensor], Tensor]:
         limits = thresholds.index_select(1, self._kinds)  # (tokens, neurons)
         scale = torch.where(self._ranks < limits, self._factors, self._ones)
-        self._scales = torch.split(scale, self._sizes, dim=1)
+        scales = torch.split(scale, self._sizes, dim=1)
+        return lambda number, activations: _scaled(activations, self._columns[number], scales[number])
+
+    def _fused(self, thresholds: Tensor) -> Callable[[int, Tensor], Tensor]:
+        thresholds = thresholds.to(torch.int32).contiguous()
+        kinds, ranks, factors = (
+            torch.split(each, self._sizes) for each in (self._kinds, self._ranks, self._factors)
+        )
+
+        def change(number: int, activations: Tensor) -> Tensor:
+            _check_tokens(thresholds, activations)
+            neurons = self._columns[number], kinds[number], ranks[number], factors[number]
+            return fused.scale_in_place(activations.contiguous(), *neurons, thresholds)
+
+        return change
 
     def check(self) -> None:
         """Raise ModulationError if the last forward pass went past a site.
@@ -112,7 +133,7 @@ class Modulator:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
-        self._scales = None
+        self._change = None
         self._entered = False
 
     @contextmanager
@@ -150,35 +171,37 @@ class Modulator:
             self.check()
 
     def _hook(self, number: int, site: Site) -> Any:
-        columns, name = self._columns[site.layer], site.name
+        name = site.name
 
         def modulate(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            scales = self._scales
-            if scales is None:
+            change = self._change
+            if change is None:
                 raise ModulationError(
                     f"No thresholds were set for this forward pass (layer {site.layer}); refusing to "
                     "run it unmodulated."
                 )
             self._unseen.discard(name)
             if not self._unseen:
-                self._scales = None  # used up: the next pass needs thresholds of its own
-            return (_scaled(arguments[0], columns, scales[number]), *arguments[1:])
+                self._change = None  # used up: the next pass needs thresholds of its own
+            return (change(number, arguments[0]), *arguments[1:])
 
         return modulate
 
 
 def _scaled(activations: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons)."""
-    rows = activations.shape[:-1]
+    _check_tokens(scale, activations)
     if scale.shape[0] != 1:
-        if scale.shape[0] != rows.numel():
-            raise ModulationError(
-                f"Thresholds for {scale.shape[0]} tokens were set, but the forward pass has {rows.numel()}."
-            )
-        scale = scale.view(*rows, -1)
+        scale = scale.view(*activations.shape[:-1], -1)
     chosen = activations.index_select(-1, columns)
     modulated = (chosen * scale.to(chosen.device)).to(chosen.dtype)
     return activations.index_copy(-1, columns, modulated)
+
+
+def _check_tokens(of_tokens: Tensor, activations: Tensor) -> None:
+    given, wanted = of_tokens.shape[0], activations.shape[:-1].numel()
+    if given not in (1, wanted):
+        raise ModulationError(f"Thresholds for {given} tokens were set, but the forward pass has {wanted}.")
 
 
 def _neurons_in(mask: Mask, layer: int) -> list[tuple[int, int, float, int]]:

@@ -165,7 +165,9 @@ def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = No
         return _vllm_engine(settings, model, mask, common)
     from server.engines.transformers import TransformersEngine
 
-    return TransformersEngine(model, mask, max_failures=settings.max_engine_failures, **common)
+    return TransformersEngine(
+        model, mask, cuda_graphs=settings.cuda_graphs, max_failures=settings.max_engine_failures, **common
+    )
 
 
 def _vllm_engine(settings: Settings, model: str, mask: Path, common: dict[str, Any]) -> "Engine":

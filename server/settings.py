@@ -21,7 +21,7 @@ MAX_KEY_BYTES: Final = 4096
 DEMO: Final = "demo"
 UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
-    | {"trust_remote_code", "allow_less_safe_levels"}
+    | {"cuda_graphs", "trust_remote_code", "allow_less_safe_levels"}
 )
 ONLY_VLLM: Final = frozenset(
     {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
@@ -34,6 +34,7 @@ UNKNOWN_TO_UPSTREAM: Final = frozenset(
         "dtype",
         "kv_cache_tokens",
         "prefix_caching",
+        "cuda_graphs",
         "max_engine_failures",
         "trust_remote_code",
     }
@@ -192,6 +193,9 @@ class Settings(BaseSettings):
         default=(), description="vLLM: any further engine argument, as KEY=VALUE; may be given several times."
     )
     prefix_caching: bool = Field(default=True, description="Share equal prefixes within a safety level.")
+    cuda_graphs: bool = Field(
+        default=True, description="Transformers, on CUDA: record steps that are alike once and replay them."
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model. Only for models you trust."
     )
@@ -267,6 +271,11 @@ class Settings(BaseSettings):
         if self.engine == "vllm" and "max_engine_failures" in self.model_fields_set:
             raise ValueError(
                 "the vllm engine ends the server at its first failure: leave max_engine_failures out"
+            )
+        if self.engine == "vllm" and "cuda_graphs" in self.model_fields_set:
+            raise ValueError(
+                "cuda_graphs is for the transformers engine; vLLM's own are switched off by "
+                "vllm_arg enforce_eager=true"
             )
         return self
 

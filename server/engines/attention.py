@@ -10,7 +10,7 @@ matrix stays.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -59,10 +59,23 @@ class Plan:
 def can_attend_by_request(model: PreTrainedModel) -> bool:
     """Whether this attention is for the model: on CPU, where transformers would take SDPA with one mask, and
     every layer attends to everything before it."""
+    return model.device.type == "cpu" and attends_to_everything(model)
+
+
+def attends_to_everything(model: PreTrainedModel) -> bool:
+    """Whether transformers would take SDPA, and every layer attends to everything before it."""
     config: Any = model.config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None) or ()
     slides = set(layers) - {"full_attention"} if layers else getattr(config, "sliding_window", None)
-    return model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not slides
+    return model.config._attn_implementation == "sdpa" and not slides
+
+
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if a model asks for what attention to a request's own keys does not do."""
+    for name in _UNKNOWN:
+        given = arguments.get(name)
+        if isinstance(given, Tensor) or given:
+            raise ValueError(f"Attention by request does not know {name}.")
 
 
 class PlannedIOs(ContinuousBatchingIOs):
@@ -173,10 +186,7 @@ def attend(
     Raises:
         ValueError: the model asks for what this is not.
     """
-    for name in _UNKNOWN:
-        given = arguments.get(name)
-        if isinstance(given, Tensor) or given:
-            raise ValueError(f"Attention by request does not know {name}.")
+    refuse_unknown(arguments)
     key, value = cache.update(key, value, module.layer_idx, arguments)  # (1, heads of keys, keys, width)
     if attention_plan.own is not None:
         key, value = (each.index_select(2, attention_plan.own) for each in (key, value))

@@ -31,9 +31,12 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from modulation.levels import Threshold
 from server.engines.attention import NAME as BY_REQUEST
 from server.engines.attention import PlannedIOs, can_attend_by_request
+from server.engines.cuda import CudaRunner
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
 from server.engines.tallying import Tally
+from server.engines.varlen import NAME as VARLEN
+from server.engines.varlen import can_attend_varlen
 
 
 def request_id(
@@ -172,10 +175,9 @@ class LevelManager(ContinuousBatchingManager):
         on_end: Callable[["LevelManager"], None],
     ) -> None:
         super().__init__(model, generation, batching)  # type: ignore[arg-type]
-        self.processors = RequestProcessors(
-            model.config.get_text_config().vocab_size,
-            static=any(self.continuous_batching_config.cuda_graph_booleans),
-        )
+        most = self.continuous_batching_config.max_requests_per_batch
+        assert most is not None
+        self.processors = RequestProcessors(model.config.get_text_config().vocab_size, most, model.device)
         self.logit_processor = self.processors
         self._num_threads = num_threads
         self._on_lost_step = on_lost_step
@@ -185,12 +187,13 @@ class LevelManager(ContinuousBatchingManager):
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """As the base class does, and then to attention by request where the model can have it."""
-        if model.config._attn_implementation == BY_REQUEST:  # by a manager that never ran
+        if model.config._attn_implementation in (BY_REQUEST, VARLEN):  # by a manager that never ran
             model.set_attn_implementation("sdpa")
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
-        if can_attend_by_request(model):
+        ours = BY_REQUEST if can_attend_by_request(model) else VARLEN if can_attend_varlen(model) else None
+        if ours is not None:
             self._original_attn_impl = model.config._attn_implementation
-            model.set_attn_implementation(BY_REQUEST)
+            model.set_attn_implementation(ours)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -203,6 +206,8 @@ class LevelManager(ContinuousBatchingManager):
             inputs = processor.inputs_and_outputs
             assert type(inputs) in (ContinuousBatchingIOs, PlannedIOs), type(inputs)
             inputs.__class__ = PlannedIOs
+        if self.model.device.type == "cuda":
+            CudaRunner.take_over(processor.model_runner, self.processors)
         cache, scheduler = processor.cache, processor.scheduler
         assert isinstance(cache, LevelCache) and isinstance(scheduler, SuspectScheduler)
         cache.suspects = scheduler.suspects = set()
@@ -256,6 +261,8 @@ class LevelManager(ContinuousBatchingManager):
         self.is_discarded = True
         if self._generation_thread is not None:
             self.stop(block=True, hard_stop=True)
+        if self.batch_processor is not None and isinstance(self.batch_processor.model_runner, CudaRunner):
+            self.batch_processor.model_runner.forget_graphs()
         self.batch_processor = None
         error = self.background_thread_status.fatal_error
         if error is not None:

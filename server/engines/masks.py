@@ -29,7 +29,8 @@ class RequestMask:
         self.mask = mask
         self.modulator = Modulator(model, mask)
         if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)  # steps run on a stream of their own
+            # Steps run on a stream of their own. It may be recording, so the device must not be waited for.
+            torch.cuda.current_stream(model.device).synchronize()
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # an evicted request starts over as another object, under the same mask
@@ -94,7 +95,8 @@ class Masks:
         """Put the masks of a step in force for it. On the thread that runs the model.
 
         `thresholds` int (requests, 2) and `masks` say what each request runs at and under (None: at (0, 0),
-        so under any), `owner` int (tokens,) whose each token is.
+        so under any), `owner` int (tokens,) whose each token is. `thresholds` may go on after the requests: a
+        token there is padding.
         """
         per_token = thresholds[owner]  # (tokens, 2)
         used = list(dict.fromkeys(each for each in masks if each is not None)) or [self.current.value]
@@ -103,8 +105,15 @@ class Masks:
             used[0].modulator.set_thresholds(per_token)
             return
         for each in used:
-            belongs = torch.tensor([mask is each for mask in masks], device=owner.device)[owner]
+            under = [mask is each for mask in masks] + [False] * (len(thresholds) - len(masks))
+            belongs = torch.tensor(under, device=owner.device)[owner]
             each.modulator.set_thresholds(per_token * belongs[:, None])
+
+    def check(self) -> None:
+        """After a forward pass: raise ModulationError if it went past a site. On the thread that runs the
+        model."""
+        for each in self._hooked:
+            each.modulator.check()
 
     def forget_step(self) -> None:
         """The last step did not end; the next one starts afresh. On the thread that runs the model."""

@@ -138,13 +138,12 @@ def _signed(word: int) -> int:
 class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     """The manager's list of processors: temperature, top-k, top-p and seeded noise, per request.
 
-    With `static` (CUDA graphs) every processor runs in every step; otherwise one that no request of
-    the step needs is skipped, since sorting a large vocabulary costs more than a decoding step.
+    A processor that no request of the step needs is skipped, since sorting a large vocabulary costs more than
+    a decoding step. `most` is how many requests a step may have; what is computed here is on `device`.
     """
 
-    def __init__(self, vocabulary: int, *, static: bool) -> None:
+    def __init__(self, vocabulary: int, most: int, device: torch.device | str = "cpu") -> None:
         super().__init__(LogitsProcessorList())
-        self._static = static
         self._warpers: list[ContinuousBatchingLogitsProcessor] = [
             ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0)),
             ContinuousBatchingTopKLogitsWarper(TopKLogitsWarper(top_k=vocabulary)),
@@ -158,7 +157,8 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         # Of the step that runs: whose prompt is scored, from which place on, at which of the step's tokens.
         self.scored: list[tuple[Row, int, range]] = []
         self._special: list[tuple[int, Row]] = []
-        self._peaks: Tensor | None = None
+        # Written to in place, since a CUDA graph writes where it wrote when it was recorded.
+        self._peaks = torch.zeros(most, device=device)
         self._tally: Tally | None = None
         self._looks_up_prefixes = False
         self.tensors_required = NUM_THRESHOLD_ROWS + len(self._warpers) + SeededNoise.ROWS
@@ -200,13 +200,12 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
             first += request.query_length
         self._special = [(place, row) for place, row in enumerate(map(row_of, drawing)) if not row.is_plain]
         sampled = [each for each in map(_keywords, drawing) if each["noise"] > 0]
-        if not self._static:
-            self._needed = [
-                any(each["temperature"] != 1.0 for each in sampled),
-                any(each["top_k"] < self._vocabulary for each in sampled),
-                any(each["top_p"] < 1.0 for each in sampled),
-                bool(sampled),
-            ]
+        self._needed = [
+            any(each["temperature"] != 1.0 for each in sampled),
+            any(each["top_k"] < self._vocabulary for each in sampled),
+            any(each["top_p"] < 1.0 for each in sampled),
+            bool(sampled),
+        ]
         if self._needed[-1]:
             for number, warper in enumerate(self._warpers, start=NUM_THRESHOLD_ROWS):
                 arg_storage[number, : len(drawing)] = warper.prepare_tensor_args(drawing)
@@ -226,7 +225,7 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     ) -> Tensor:
         """`scores` (requests, vocabulary), of which the manager then takes the argmax."""
         rows = logits_processor_args[NUM_THRESHOLD_ROWS:]
-        self._peaks = scores.amax(dim=-1)
+        self._peaks[: len(scores)].copy_(scores.amax(dim=-1))
         scores = self._by_row(scores, Row.before_temperature)
         for number, (needed, warper) in enumerate(zip(self._needed, self._warpers, strict=False)):
             if needed:
@@ -244,12 +243,29 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
         if one of them is (minus infinity, a token that cannot come, only if all are). It is asked for here
         and not in the step, when all of that has been computed: nothing has to wait for it.
         """
-        assert self._peaks is not None
-        sound = self._peaks.isfinite().tolist()[: len(self._drawing)]
+        sound = self._peaks[: len(self._drawing)].isfinite().tolist()
         for place, row in self._special:
             if sound[place]:
                 row.chosen(int(tokens[place]))
         return [each for each, is_sound in zip(self._drawing, sound, strict=True) if not is_sound]
+
+    @property
+    def running(self) -> Sequence[bool]:
+        """Which processors run in this step."""
+        return self._needed
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether another step with the same processors and the same mask differs from this one in its
+        tensors alone: nothing is done in Python between them."""
+        is_timed = self._tally is not None and self._tally.is_sampled
+        return not self._special and not self.scored and not is_timed
+
+    @property
+    def only_mask(self) -> Any:
+        """The mask that all requests of this step run under; None: there are several, or a warm-up."""
+        masks = self.masks()
+        return masks[0] if all(each is masks[0] for each in masks) else None
 
     def masks(self) -> list[Any]:
         """Under which mask each request of this step runs."""

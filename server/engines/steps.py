@@ -120,7 +120,12 @@ class _Steps:
             self._untold = None
 
     def after(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        """After each step: hand the logits of prompts to their rows, and leave the manager its own."""
+        """After each step: hand the logits of prompts to their rows, and leave the manager its own.
+
+        Raises:
+            ModulationError: the pass went past a site. A CUDA graph of it must not be kept.
+        """
+        self._masks.check()
         if self._timed is not None:
             self._untold = self._timed
             self.stop_timing()

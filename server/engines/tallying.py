@@ -10,12 +10,15 @@ from server.engines.base import MODULATION_BOUNDS, STEP_LEVEL_BOUNDS, Tallies
 from server.observed import Observed
 
 SAMPLE_EVERY: Final = 64
+SAMPLE_GRAPHED_EVERY: Final = 512
 
 
 class Tally:
-    """Counts since the engine was made; the engine's rebuilds change nothing in it."""
+    """Counts since the engine was made; the engine's rebuilds change nothing in it. In one step of
+    `sample_every` modulation is to be timed."""
 
-    def __init__(self) -> None:
+    def __init__(self, sample_every: int = SAMPLE_EVERY) -> None:
+        self._sample_every = sample_every
         self._num_steps = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -29,8 +32,8 @@ class Tally:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether modulation is to be timed in the step that has begun: in one of `SAMPLE_EVERY`."""
-        return self._num_steps % SAMPLE_EVERY == 0 and self._num_steps > 0
+        """Whether modulation is to be timed in the step that has begun."""
+        return self._num_steps % self._sample_every == 0 and self._num_steps > 0
 
     def modulated(self, seconds: float) -> None:
         """So long was spent in modulation in a step that was sampled."""

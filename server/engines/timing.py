@@ -46,8 +46,12 @@ class Stopwatch:
 
     @property
     def is_known(self) -> bool:
-        """Whether all marks have been passed."""
-        return not self._on_cuda or all(end.query() for _, end in self._spans[-1:])
+        """Whether all marks have been passed. While a graph is recorded nobody may ask, and it is not."""
+        if not self._on_cuda:
+            return True
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        return all(end.query() for _, end in self._spans[-1:])
 
     @property
     def seconds(self) -> float:

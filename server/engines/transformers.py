@@ -41,6 +41,7 @@ from server.engines.base import (
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
+from server.engines.cuda import batching_arguments
 from server.engines.grammar import Grammars
 from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
@@ -50,9 +51,10 @@ from server.engines.sampling import RowArguments
 from server.engines.sizes import generation_config, resolve_sizes, stop_ids
 from server.engines.steps import hooked, passing_all_sites
 from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_it
-from server.engines.tallying import Tally
+from server.engines.tallying import SAMPLE_EVERY, SAMPLE_GRAPHED_EVERY, Tally
 from server.engines.text import ChatText
 from server.engines.threads import on_one_core
+from server.engines.varlen import can_attend_varlen
 
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
@@ -118,6 +120,7 @@ class TransformersEngine(TokenizingEngine):
         kv_cache_tokens: int | None = None,
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
+        cuda_graphs: bool = True,
         trust_remote_code: bool = False,
         allow_less_safe_levels: bool = False,
         max_failures: int = DEFAULT_MAX_FAILURES,
@@ -147,6 +150,7 @@ class TransformersEngine(TokenizingEngine):
         with on_one_core():
             self._masks = Masks(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
+        uses_graphs = cuda_graphs and can_attend_varlen(self._model)
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary, int(sizes.max_model_len.value))
         self._grammars = Grammars(tokenizer, self._vocabulary, ends)
@@ -162,10 +166,12 @@ class TransformersEngine(TokenizingEngine):
                 "max_model_len": str(sizes.max_model_len),
                 "kv_cache_tokens": str(sizes.cache_tokens),
                 "prefix_caching": str(prefix_caching).lower(),
+                **({"cuda_graphs": str(uses_graphs).lower()} if on_device.value == "cuda" else {}),
             },
             mask=profile_of(loaded_mask),
         )
-        self._tally = Tally()
+        # What is timed is not replayed from a graph, so it is timed less often where there are any.
+        self._tally = Tally(SAMPLE_GRAPHED_EVERY if uses_graphs else SAMPLE_EVERY)
         self._numbers = itertools.count()
         self._preparers = Preparers(lambda prompt: self._text.encode(prompt), self._refuse_if_closed)
         self._open: dict[str, tuple[LevelManager, _Arriving]] = {}
@@ -176,11 +182,11 @@ class TransformersEngine(TokenizingEngine):
             "max_batch_tokens": max(_MAX_STEP_TOKENS[on_device.value], max_num_seqs),
             "max_requests_per_batch": max_num_seqs,
             "allow_block_sharing": prefix_caching,
-            # Both would switch themselves on on some GPUs; neither has been tested with modulation.
+            # Would switch itself on on some GPUs, and has not been tested with modulation.
             "auto_switch_to_flash": False,
-            "use_cuda_graph": False,
             # Penalties and grammars need to know a step's token before the next one begins.
             "use_async_batching": False,
+            **batching_arguments(uses_graphs=uses_graphs),
         }
         self._supervisor = Supervisor(
             self._start_manager,

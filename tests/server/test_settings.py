@@ -74,6 +74,7 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({"cors_origins": [""]}, "must not be empty"),
         ({**UPSTREAM, "tensor_parallel_size": "2"}, "no use for tensor_parallel_size"),
         ({"engine": "vllm", "max_engine_failures": "2"}, "leave max_engine_failures out"),
+        ({"engine": "vllm", "cuda_graphs": "false"}, "enforce_eager=true"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: str) -> None:
