@@ -1,7 +1,7 @@
 """How to scale a few neurons of each token: the ways there are, one site at a time, interleaved in one run.
 
-    gathered      the serving modulator's: the mask's neurons are taken out, scaled, and put into a copy
-    in place      the same, written into the activations themselves
+    gathered      the mask's neurons are taken out, scaled, and put into a copy: where gradients are wanted
+    in place      the same, written into the activations themselves: the serving modulator's, on CPU
     dense         every neuron times a scale that is looked up by rank and the token's threshold, as in vLLM
     dense, given  the same, with the scale of all neurons made once for a step, as memory allows
     compiled ...  by torch.compile, as in a model that is compiled whole
@@ -55,12 +55,12 @@ def ways(width: int, num_tokens: int, num_neurons: int, device: str, *, compiles
     scale = torch.where(ranks < limits, factors, 1.0)
 
     def gathered(projected: Tensor) -> Tensor:
-        return _scaled(silu(projected), columns, scale)
-
-    def in_place(projected: Tensor) -> Tensor:
         activations = silu(projected)
         scaled = (activations.index_select(-1, columns) * scale).to(activations.dtype)
-        return activations.index_copy_(-1, columns, scaled)
+        return activations.index_copy(-1, columns, scaled)
+
+    def in_place(projected: Tensor) -> Tensor:
+        return _scaled(silu(projected), columns, scale)
 
     def dense(projected: Tensor) -> Tensor:
         activations = silu(projected)

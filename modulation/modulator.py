@@ -189,13 +189,16 @@ class Modulator:
 
 
 def _scaled(activations: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-    """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons)."""
+    """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons); in
+    place where no gradient is wanted: they were made for the projection that takes them."""
     _check_tokens(scale, activations)
     if scale.shape[0] != 1:
         scale = scale.view(*activations.shape[:-1], -1)
     chosen = activations.index_select(-1, columns)
     modulated = (chosen * scale.to(chosen.device)).to(chosen.dtype)
-    return activations.index_copy(-1, columns, modulated)
+    if torch.is_grad_enabled():
+        return activations.index_copy(-1, columns, modulated)
+    return activations.index_copy_(-1, columns, modulated)
 
 
 def _check_tokens(of_tokens: Tensor, activations: Tensor) -> None:
