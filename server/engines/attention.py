@@ -34,8 +34,8 @@ class Group:
 
     `shape`: how many there are, tokens of each, keys of each. `queries`, int (requests x tokens,): which of
     the step's tokens (None: all as they come). `keys`: where theirs are in what is read. `mask` (requests, 1,
-    tokens, keys), added to scores: 0, or minus infinity where there is nothing to see (None: each has as many
-    keys as tokens, and nothing is padded, so what is causal).
+    tokens, keys), added to scores: 0, or minus infinity where there is nothing to see (None: nothing is
+    padded, and each has as many keys as tokens, which see what is causal, or one token, which sees all).
     """
 
     shape: tuple[int, int, int]
@@ -95,6 +95,8 @@ class PlannedIOs(ContinuousBatchingIOs):
 def plan(ends_q: list[int], ends_k: list[int], read: Tensor, dtype: torch.dtype) -> Plan:
     """`ends_q` and `ends_k`: where each request's new tokens and keys begin, and at last end. `read`, int
     (keys,): where the cache has the keys, request after request; empty if there are none but the new ones."""
+    if len(ends_q) == 2 and ends_q[1] in (1, ends_k[1]):  # a request by itself, that sees all it may
+        return Plan([Group((1, ends_q[1], ends_k[1]), None, slice(0, ends_k[1]), None)], read, None, None)
     first_q, first_k = np.array(ends_q[:-1]), np.array(ends_k[:-1])
     num_q, num_k = np.diff(ends_q), np.diff(ends_k)
     if len(num_q) > 1 and ends_q[-1] * ends_k[-1] <= _FEW:

@@ -233,6 +233,12 @@ class LevelManager(ContinuousBatchingManager):
         return processor.cache.usage
 
     @property
+    def pads_steps(self) -> bool:
+        """Whether steps have tokens that belong to no request, as CUDA graphs need."""
+        assert self.batch_processor is not None
+        return bool(self.batch_processor.model_runner.pad_inputs)
+
+    @property
     def keeps_logits(self) -> bool:
         """Whether the model computes the logits of the tokens it is asked for alone."""
         assert self.batch_processor is not None

@@ -91,14 +91,16 @@ class Masks:
         """
         return self._in_force.held(digest)
 
-    def before_step(self, thresholds: Tensor, owner: Tensor, masks: Sequence[RequestMask | None]) -> None:
+    def before_step(
+        self, thresholds: Tensor, owner: Tensor | None, masks: Sequence[RequestMask | None]
+    ) -> None:
         """Put the masks of a step in force for it. On the thread that runs the model.
 
         `thresholds` int (requests, 2) and `masks` say what each request runs at and under (None: at (0, 0),
-        so under any), `owner` int (tokens,) whose each token is. `thresholds` may go on after the requests: a
-        token there is padding.
+        so under any), `owner` int (tokens,) whose each token is (None: each request has one). `thresholds`
+        may go on after the requests: a token there is padding.
         """
-        per_token = thresholds[owner]  # (tokens, 2)
+        per_token = thresholds if owner is None else thresholds[owner]  # (tokens, 2)
         used = list(dict.fromkeys(each for each in masks if each is not None)) or [self.current.value]
         self._hook(used)
         if len(used) == 1:
@@ -106,7 +108,8 @@ class Masks:
             return
         for each in used:
             under = [mask is each for mask in masks] + [False] * (len(thresholds) - len(masks))
-            belongs = torch.tensor(under, device=owner.device)[owner]
+            belongs = torch.tensor(under, device=thresholds.device)
+            belongs = belongs if owner is None else belongs[owner]
             each.modulator.set_thresholds(per_token * belongs[:, None])
 
     def check(self) -> None:

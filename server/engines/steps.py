@@ -83,9 +83,12 @@ class _Steps:
         per_request: Tensor = step["logits_processor_args"][:NUM_THRESHOLD_ROWS].T  # (requests, 2)
         ends: Tensor = step["cu_seq_lens_q"][1:]  # (requests,)
         num_tokens = step["input_ids"].shape[-1]
-        tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
-        # A padding token lies beyond the last end; it takes the last request's threshold.
-        owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
+        if num_tokens == len(self._manager().processors.step) and not self._manager().pads_steps:
+            owner = None  # each request has one token
+        else:
+            tokens = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
+            # A padding token lies beyond the last end; it takes the last request's threshold.
+            owner = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
         self._modulate(per_request, owner)
         self._scored = [
             (row, place, torch.arange(tokens.start, tokens.stop, dtype=ends.dtype, device=ends.device))
@@ -96,7 +99,7 @@ class _Steps:
         kept = torch.cat([step["logits_indices"], *(tokens for _, _, tokens in self._scored)])
         return args, step | {"logits_to_keep": kept}
 
-    def _modulate(self, per_request: Tensor, owner: Tensor) -> None:
+    def _modulate(self, per_request: Tensor, owner: Tensor | None) -> None:
         self.stop_timing()  # that of a step that did not end
         self._tell()
         masks = self._manager().processors.masks()
