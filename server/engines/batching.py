@@ -35,6 +35,7 @@ from server.engines.cuda import CudaRunner
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
 from server.engines.tallying import Tally
+from server.engines.threads import StepThreads
 from server.engines.varlen import NAME as VARLEN
 from server.engines.varlen import can_attend_varlen
 
@@ -179,7 +180,7 @@ class LevelManager(ContinuousBatchingManager):
         assert most is not None
         self.processors = RequestProcessors(model.config.get_text_config().vocab_size, most, model.device)
         self.logit_processor = self.processors
-        self._num_threads = num_threads
+        self._threads = StepThreads(num_threads, model.num_parameters())
         self._on_lost_step = on_lost_step
         self._on_end = on_end
         self.is_discarded = False
@@ -297,6 +298,7 @@ class LevelManager(ContinuousBatchingManager):
         return True
 
     def _generation_step(self) -> None:
+        self._threads.use(self._outputs.num_q_tokens)
         super()._generation_step()
         broken = self.processors.end_step(self._outputs.output_ids[0])
         sound = [each for each in self.processors.step if each.has_new_token and each not in broken]
@@ -353,7 +355,7 @@ class LevelManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(each.state, RuntimeError(reason))
 
     def _run_generation_loop(self) -> None:
-        torch.set_num_threads(self._num_threads)  # another thread may hold it at one just now
+        self._threads.begin()
         try:
             super()._run_generation_loop()
         finally:

@@ -10,8 +10,14 @@ steps, tensors are worked on without helpers.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
+
+# A step of fewer products of a parameter and a token is mostly Python, if the model is one that does not wait
+# for memory at its weights: one of fewer parameters than these.
+_FEW_PRODUCTS: Final = 32_000_000
+_FEW_PARAMETERS: Final = 16_000_000
 
 
 @contextmanager
@@ -23,3 +29,30 @@ def on_one_core() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class StepThreads:
+    """How many cores each step works on, on the thread that runs the steps: all `number` of them, or, where a
+    step has little to compute, all but one, which is left to whatever answers the requests.
+
+    `num_parameters` are the model's.
+    """
+
+    def __init__(self, number: int, num_parameters: int) -> None:
+        self._number = number
+        self._num_parameters = num_parameters
+        self._used = number
+
+    def begin(self) -> None:
+        """On the thread that runs the steps, before them: another thread may hold torch at one just now."""
+        torch.set_num_threads(self._number)
+        self._used = self._number
+
+    def use(self, num_tokens: int) -> None:
+        """Before a step of so many tokens."""
+        has_little = self._num_parameters < _FEW_PARAMETERS
+        is_small = has_little and self._num_parameters * num_tokens < _FEW_PRODUCTS
+        wanted = max(1, self._number - 1) if is_small else self._number
+        if wanted != self._used:
+            torch.set_num_threads(wanted)
+            self._used = wanted

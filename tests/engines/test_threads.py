@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from server.engines.threads import on_one_core
+from server.engines.threads import StepThreads, on_one_core
 
 
 def test_there_is_one_core_within_the_block_and_as_many_as_before_after_it() -> None:
@@ -64,7 +64,8 @@ asyncio.run(engine.close())
     [
         # The second number shows that the work is large enough to have helpers.
         (_COUNT_HELPERS, ["0", "2"]),
-        (_COUNT_OF_ENGINE, ["2"]),
+        # Of three cores one is left to others in steps as small as those here.
+        (_COUNT_OF_ENGINE, ["1"]),
     ],
     ids=["work on one core", "the steps of an engine"],
 )
@@ -72,3 +73,21 @@ def test_only_the_steps_have_helpers(code: str, expected: list[str]) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "num_parameters", "seen"),
+    [(4, 4_000_000, [3, 3, 4, 3]), (4, 400_000_000, [4, 4, 4, 4]), (1, 4_000_000, [1, 1, 1, 1])],
+    ids=["small model", "large model", "one core"],
+)
+def test_steps_with_little_to_compute_leave_a_core(number: int, num_parameters: int, seen: list[int]) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        threads = StepThreads(number, num_parameters)
+        threads.begin()
+        for num_tokens in (1, 7, 16, 2):
+            threads.use(num_tokens)
+            found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert found == seen
