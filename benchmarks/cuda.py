@@ -1,8 +1,7 @@
 """The embedded engine on a GPU: a model of random weights in bfloat16, against what the GPU can do at all.
 
-The shapes are those of Qwen3-0.6B and Llama-3-8B; the tokenizer is the demo model's, and what is generated
-means nothing. The mask has 2 % of all neurons, drawn at random. One engine, whose sides take turns in
-shuffled order:
+Model and mask are those of `benchmarks.shapes`: the mask has 2 % of all neurons, drawn at random. One engine,
+whose sides take turns in shuffled order:
 
     off, one, mixed, distinct   the server as it is: all requests at `off`, at one threshold, at named levels,
                                 or each at a threshold of its own
@@ -31,22 +30,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.generation.continuous_batching.utils import CudaGraphBuffer
 
 from benchmarks.mixed_levels import without_hooks
-from modulation.demo import MODEL_DIR
-from modulation.levels import SECURITY_CRITICAL, UTILITY_PRIORITY, ZERO, Threshold
+from benchmarks.shapes import SHAPES, config_of, random_mask, random_model, write
+from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
-from modulation.sites import find_sites
-from modulation.tuning.drafting import draft
 from server.engines.base import GenerateRequest, Sampling
 from server.engines.transformers import TransformersEngine
 
-SHARE: Final = 0.02  # of all neurons, half of each kind
 SIDES: Final = ("off", "one", "mixed", "distinct", "no hooks", "eager")
 RATIOS: Final = (("mixed", "off"), ("distinct", "one"), ("off", "no hooks"), ("mixed", "eager"))
 
@@ -55,11 +49,14 @@ def main() -> None:
     arguments = _arguments()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        mask = _make(arguments.shape, arguments.seed, folder)
+        model = random_model(config_of(arguments.shape), arguments.seed, device="cuda")
+        mask = random_mask(model, arguments.seed)
+        path = write(model, mask, folder)
+        del model
         limits = {"gigabytes_per_second": _bandwidth(), "teraflops": _rate()}
         engine = TransformersEngine(
             str(folder),
-            folder / "mask.safetensors",
+            path,
             served_model_name="bench",
             device="cuda",
             max_num_seqs=max(arguments.concurrency),
@@ -71,58 +68,6 @@ def main() -> None:
         asyncio.run(_run(engine, mask, arguments, limits))
     finally:
         shutil.rmtree(folder)
-
-
-def _make(shape: str, seed: int, folder: Path) -> Mask:
-    """The model and its mask, in `folder`."""
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model: PreTrainedModel
-        if shape == "llama-3-8b":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=128256,
-                    hidden_size=4096,
-                    intermediate_size=14336,
-                    num_hidden_layers=32,
-                    num_attention_heads=32,
-                    num_key_value_heads=8,
-                    max_position_embeddings=8192,
-                )
-            )
-        else:
-            model = Qwen3ForCausalLM(
-                Qwen3Config(
-                    vocab_size=151936,
-                    hidden_size=1024,
-                    intermediate_size=3072,
-                    num_hidden_layers=28,
-                    num_attention_heads=16,
-                    num_key_value_heads=8,
-                    head_dim=128,
-                    max_position_embeddings=8192,
-                    tie_word_embeddings=True,
-                )
-            )
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    for path in MODEL_DIR.glob("*"):
-        if "token" in path.name or path.suffix == ".jinja":
-            shutil.copy(path, folder)
-    sites = find_sites(model)
-    width = sites[0].width
-    number = int(SHARE * len(sites) * width / 2)
-    chosen = np.random.default_rng(seed).choice(len(sites) * width, size=2 * number, replace=False)
-    neurons = np.stack([chosen // width, chosen % width], axis=1).astype(np.int32)
-    levels = {
-        SECURITY_CRITICAL: Threshold(number, number),
-        "balanced": Threshold(number // 2, number // 2),
-        UTILITY_PRIORITY: Threshold(number // 8, number),
-    }
-    mask = draft(model, "bench", neurons[:number], neurons[number:], factors=(1.5, 0.5), levels=levels)
-    mask.save(folder / "mask.safetensors")
-    return mask
 
 
 def _bandwidth() -> float:
@@ -308,7 +253,7 @@ def _say(text: str) -> None:
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", choices=("qwen3-0.6b", "llama-3-8b"), default="qwen3-0.6b")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64], help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")

@@ -16,8 +16,9 @@ from itertools import pairwise
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from benchmarks.shapes import config_of, random_model
 from modulation.attribution.accumulate import Accumulator
 from modulation.attribution.base import Attribution, AttributionData, Scores
 from modulation.attribution.examples import attribution_data
@@ -42,7 +43,7 @@ GROUPS: tuple[tuple[Kind, str | None], ...] = (
 
 def main() -> None:
     arguments = _arguments()
-    model = _model(arguments.seed)
+    model = random_model(config_of("smollm2-135m"), arguments.seed)
     data = _data(arguments.per_group)
     before = _peak_bytes()
     seconds, scores = _attributed(METHODS[arguments.method], model, data, arguments.batch_size)
@@ -71,27 +72,6 @@ def main() -> None:
     sys.stdout.write(json.dumps(figures) + "\n")
 
 
-def _model(seed: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.train(False)
-    return model
-
-
 def _data(per_group: int) -> AttributionData:
     return attribution_data(
         record for kind, family in GROUPS for record in records(kind, "tune", family)[:per_group]
@@ -99,7 +79,7 @@ def _data(per_group: int) -> AttributionData:
 
 
 def _attributed(
-    method: Attribution, model: LlamaForCausalLM, data: AttributionData, batch_size: int
+    method: Attribution, model: PreTrainedModel, data: AttributionData, batch_size: int
 ) -> tuple[float, Scores]:
     """The seconds that it took, and the scores."""
     start = time.perf_counter()
@@ -108,7 +88,7 @@ def _attributed(
 
 
 def _tuned(
-    model: LlamaForCausalLM, data: AttributionData, scores: Scores, settings: TuningSettings
+    model: PreTrainedModel, data: AttributionData, scores: Scores, settings: TuningSettings
 ) -> list[float]:
     """The seconds of every step, the last one with the validation that ends the run."""
     mask = draft(model, "random", *top_neurons(scores, *counts(model, SHARE)))

@@ -42,6 +42,7 @@ from benchmarks.contenders.sides import (
     started,
 )
 from benchmarks.serving import ending_with_sigterm
+from benchmarks.shapes import SHAPES, random_mask, speaking, write
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
 
@@ -146,7 +147,7 @@ class _Run:
         setting = {
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {name: version(name) for name in ("torch", "transformers")},
-            "model": os.path.relpath(self._setting.model),
+            "model": self._arguments.shape or os.path.relpath(self._setting.model),
             "seed": self._arguments.seed,
             "starts": self._arguments.starts,
             "rounds": self._arguments.rounds,
@@ -180,6 +181,10 @@ def _medians(rounds: list[Measured]) -> dict[str, float]:
 
 
 def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
+    if arguments.shape:
+        model = speaking(arguments.shape, arguments.seed)
+        arguments.model = folder / "model"
+        arguments.mask = write(model, random_mask(model, arguments.seed), arguments.model)
     mask = Mask.load(arguments.mask)
     setting = Setting(
         str(arguments.model), arguments.mask, mask.levels, arguments.max_num_seqs, arguments.vllm
@@ -210,6 +215,7 @@ def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="a Hugging Face folder")
     parser.add_argument("--mask", type=Path, default=MASK_FILE, help="its mask file")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead, with the demo's vocabulary")
     parser.add_argument(
         "--vllm", metavar="PYTHON", help="of an environment with vLLM, such as make vllm-env's"
     )
