@@ -1,5 +1,7 @@
 """The arithmetic of modulation, against a NumPy oracle that shares no code with it."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,32 @@ def test_a_mask_for_other_weights_never_gets_hooks() -> None:
     with pytest.raises(MaskMismatchError):
         Modulator(model, random_mask(tiny_model(seed=0)))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_a_pass_holds_does_not_grow_with_the_number_of_levels() -> None:
+    """Neither with levels that have a name, nor with different thresholds in a batch."""
+    model = tiny_model()
+    mask = random_mask(model)
+    many = {f"level-{number}": (1 + number % 12, number % 9) for number in range(100)}
+    named = Mask(
+        mask.safety,
+        mask.utility,
+        mask.metadata.model_copy(update={"levels": {**mask.metadata.levels, **many}}),
+    )
+
+    def tensors() -> dict[int, torch.Tensor]:
+        gc.collect()
+        return {id(each): each for each in gc.get_objects() if type(each) is torch.Tensor}
+
+    def held(mask: Mask, thresholds: torch.Tensor) -> int:
+        """Bytes."""
+        before = tensors()
+        modulator = Modulator(model, mask)
+        with modulator, torch.no_grad():
+            modulator.set_thresholds(thresholds)
+            made = [each.untyped_storage() for name, each in tensors().items() if name not in before]
+            return sum({each.data_ptr(): each.nbytes() for each in made}.values())
+
+    alike = torch.tensor([[12, 9]] * 100, dtype=torch.int32)
+    different = torch.tensor([[number % 13, number % 10] for number in range(100)], dtype=torch.int32)
+    assert held(mask, alike) == held(mask, different) == held(named, different) > 0
