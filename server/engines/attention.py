@@ -43,6 +43,11 @@ class Group:
     keys: slice
     mask: Tensor | None
 
+    @property
+    def is_all_as_it_comes(self) -> bool:
+        """Whether all tokens and all keys of a step are in it, as one request's."""
+        return self.queries is None and self.shape[0] == 1
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -192,6 +197,13 @@ def attend(
     key, value = cache.update(key, value, module.layer_idx, arguments)  # (1, heads of keys, keys, width)
     if attention_plan.own is not None:
         key, value = (each.index_select(2, attention_plan.own) for each in (key, value))
+    group = attention_plan.groups[0]
+    if group.is_all_as_it_comes and query.shape[1] == key.shape[1]:
+        causal = group.mask is None and query.shape[2] > 1
+        found = scaled_dot_product_attention(
+            query, key, value, attn_mask=group.mask, is_causal=causal, scale=scaling
+        )
+        return found.transpose(1, 2).contiguous(), None
     outputs = [_together(query[0], key[0], value[0], group, scaling) for group in attention_plan.groups]
     answers = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if attention_plan.order is not None:
