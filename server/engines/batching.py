@@ -298,7 +298,7 @@ class LevelManager(ContinuousBatchingManager):
         return True
 
     def _generation_step(self) -> None:
-        self._threads.use(self._outputs.num_q_tokens)
+        self._threads.use(self._outputs.num_request_in_batch, self._outputs.num_q_tokens)
         super()._generation_step()
         broken = self.processors.end_step(self._outputs.output_ids[0])
         sound = [each for each in self.processors.step if each.has_new_token and each not in broken]

@@ -14,9 +14,10 @@ from typing import Final
 
 import torch
 
-# A step of fewer products of a parameter and a token is mostly Python, if the model is one that does not wait
-# for memory at its weights: one of fewer parameters than these.
-_FEW_PRODUCTS: Final = 32_000_000
+# A step is mostly Python if it has fewer products than these of a parameter and a request, and of a parameter
+# and a token, and if its model does not wait for memory at its weights: if it has fewer parameters than these.
+_FEW_OF_REQUESTS: Final = 32_000_000
+_FEW_OF_TOKENS: Final = 300_000_000
 _FEW_PARAMETERS: Final = 16_000_000
 
 
@@ -33,7 +34,8 @@ def on_one_core() -> Iterator[None]:
 
 class StepThreads:
     """How many cores each step works on, on the thread that runs the steps: all `number` of them, or, where a
-    step has little to compute, all but one, which is left to whatever answers the requests.
+    step has little to compute, all but one, which is left to whatever answers the requests. A change takes a
+    millisecond or two, so a request's short prompt and its tokens are treated alike.
 
     `num_parameters` are the model's.
     """
@@ -48,10 +50,11 @@ class StepThreads:
         torch.set_num_threads(self._number)
         self._used = self._number
 
-    def use(self, num_tokens: int) -> None:
-        """Before a step of so many tokens."""
-        has_little = self._num_parameters < _FEW_PARAMETERS
-        is_small = has_little and self._num_parameters * num_tokens < _FEW_PRODUCTS
+    def use(self, num_requests: int, num_tokens: int) -> None:
+        """Before a step of so many."""
+        size = self._num_parameters
+        is_small = size * num_requests < _FEW_OF_REQUESTS and size * num_tokens < _FEW_OF_TOKENS
+        is_small = is_small and size < _FEW_PARAMETERS
         wanted = max(1, self._number - 1) if is_small else self._number
         if wanted != self._used:
             torch.set_num_threads(wanted)

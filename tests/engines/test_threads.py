@@ -77,7 +77,7 @@ def test_only_the_steps_have_helpers(code: str, expected: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("number", "num_parameters", "seen"),
-    [(4, 4_000_000, [3, 3, 4, 3]), (4, 400_000_000, [4, 4, 4, 4]), (1, 4_000_000, [1, 1, 1, 1])],
+    [(4, 4_000_000, [3, 3, 4, 4]), (4, 400_000_000, [4, 4, 4, 4]), (1, 4_000_000, [1, 1, 1, 1])],
     ids=["small model", "large model", "one core"],
 )
 def test_steps_with_little_to_compute_leave_a_core(number: int, num_parameters: int, seen: list[int]) -> None:
@@ -85,8 +85,8 @@ def test_steps_with_little_to_compute_leave_a_core(number: int, num_parameters: 
     try:
         threads = StepThreads(number, num_parameters)
         threads.begin()
-        for num_tokens in (1, 7, 16, 2):
-            threads.use(num_tokens)
+        for num_requests, num_tokens in ((1, 1), (7, 40), (16, 16), (1, 200)):
+            threads.use(num_requests, num_tokens)
             found.append(torch.get_num_threads())
     finally:
         torch.set_num_threads(before)
