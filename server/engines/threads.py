@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 # A step is mostly Python if it has fewer products than these of a parameter and a request, and of a parameter
-# and a token, and if its model does not wait for memory at its weights: if it has fewer parameters than these.
+# and a token, and if its model does not wait for memory at its weights: if it has fewer parameters than that.
 _FEW_OF_REQUESTS: Final = 32_000_000
 _FEW_OF_TOKENS: Final = 300_000_000
 _FEW_PARAMETERS: Final = 16_000_000
