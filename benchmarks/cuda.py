@@ -6,7 +6,7 @@ whose sides take turns in shuffled order:
     off, one, mixed, distinct   the server as it is: all requests at `off`, at one threshold, at named levels,
                                 or each at a threshold of its own
     no hooks                    the bare model in the same engine
-    eager                       mixed, without CUDA graphs
+    eager                       mixed, the same padded steps run and not replayed
 
 A step's floor is the larger of two times: its bytes (weights, and the keys and values of all requests) over
 the bandwidth of a copy, and its operations over the rate of a matrix product, both measured here. The last
@@ -172,9 +172,11 @@ def _side(engine: TransformersEngine, name: str, graphs: dict[str, Any]) -> Iter
         bare = without_hooks(engine)
     if name == "eager":
         runner.use_cuda_graph_varlen = False
-    with bare:
-        yield
-    inputs.graphs, runner.use_cuda_graph_varlen = kept
+    try:
+        with bare:
+            yield
+    finally:
+        inputs.graphs, runner.use_cuda_graph_varlen = kept
 
 
 async def _round(

@@ -48,7 +48,7 @@ def config_of(shape: str) -> PreTrainedConfig:
                 max_position_embeddings=8192,
                 tie_word_embeddings=True,
             )
-        case _:
+        case "llama-3-8b":
             return LlamaConfig(
                 vocab_size=128256,
                 hidden_size=4096,
@@ -58,6 +58,8 @@ def config_of(shape: str) -> PreTrainedConfig:
                 num_key_value_heads=8,
                 max_position_embeddings=8192,
             )
+        case _:
+            raise ValueError(f"There is no shape {shape!r}; there are {', '.join(SHAPES)}.")
 
 
 def random_model(

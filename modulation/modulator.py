@@ -103,6 +103,8 @@ class Modulator:
 
         def change(number: int, activations: Tensor) -> Tensor:
             _check_tokens(thresholds, activations)
+            if torch.is_grad_enabled():
+                return self._gathered(thresholds)(number, activations)
             neurons = self._columns[number], kinds[number], ranks[number], factors[number]
             return fused.scale_in_place(activations.contiguous(), *neurons, thresholds)
 

@@ -152,7 +152,7 @@ _ROWS: Final = (
     _histogram(
         "modulation_step_seconds",
         MODULATION_BOUNDS,
-        "Seconds spent in modulation in a step, of one step in 64.",
+        "Seconds spent in modulation in a step, of some of the steps.",
     ),
     _gauge("mask_info", "1 for the mask in force.", "digest", "method"),
     _counter("mask_reloads", "Masks that were to be put in force.", "result"),

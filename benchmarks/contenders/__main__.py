@@ -130,7 +130,9 @@ class _Run:
         for load, rounds in self._rounds.items():
             _say(f"\n{load:<32} {'tokens/s':>8}   first text, ms{'between texts, ms':>25}")
             _say(f"{'':<41}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
-            found["loads"][load] = {name: _medians(list(each.values())) for name, each in rounds.items()}
+            found["loads"][load] = {
+                name: _medians(list(each.values())) for name, each in rounds.items() if each
+            }
             for name, row in found["loads"][load].items():
                 cells = "".join(f"{row[key]:8.1f}" for key in list(row)[1:4])
                 gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[4:])
@@ -233,6 +235,8 @@ def _arguments() -> Any:
         "--logs", type=Path, default=Path(tempfile.gettempdir()), help="a folder for servers' logs"
     )
     arguments = parser.parse_args()
+    if arguments.shape and (arguments.model, arguments.mask) != (MODEL_DIR, MASK_FILE):
+        parser.error("--shape: comes with a model and a mask of its own; leave --model and --mask out")
     if arguments.starts < 2:
         parser.error("--starts: at least 2 are needed, since two processes of the same code differ")
     return arguments

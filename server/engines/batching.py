@@ -152,7 +152,7 @@ def _call_all(calls: Iterable[tuple[Callable[[GenerationOutput], None], Generati
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether what could not be had is memory: PyTorch says so on CUDA by a type, on CPU in words."""
-    words = ("not enough memory", "can't allocate memory")
+    words = ("not enough memory", "can't allocate memory", "CUDA error: out of memory")
     short = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     return short or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
@@ -266,10 +266,11 @@ class LevelManager(ContinuousBatchingManager):
     def discard(self) -> None:
         """Stop, and give up what the loop or its end holds in memory."""
         self.is_discarded = True
+        runner = self._cuda_runner  # `stop` gives the processor up
         if self._generation_thread is not None:
             self.stop(block=True, hard_stop=True)
-        if self.batch_processor is not None and isinstance(self.batch_processor.model_runner, CudaRunner):
-            self.batch_processor.model_runner.forget_graphs()
+        if runner is not None:
+            runner.forget_graphs()
         self.batch_processor = None
         error = self.background_thread_status.fatal_error
         if error is not None:
@@ -292,13 +293,17 @@ class LevelManager(ContinuousBatchingManager):
         )
         self._on_lost_step()
         self._take_back(lost, f"there is not enough memory for it, even alone ({cause})")
+        runner = self._cuda_runner
+        if runner is not None:
+            runner.forget_graphs()
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
 
     def _generation_step(self) -> None:
-        self._threads.use(self._outputs.num_request_in_batch, self._outputs.num_q_tokens)
+        if self.model.device.type == "cpu":
+            self._threads.use(self._outputs.num_request_in_batch, self._outputs.num_q_tokens)
         super()._generation_step()
         broken = self.processors.end_step(self._outputs.output_ids[0])
         sound = [each for each in self.processors.step if each.has_new_token and each not in broken]
@@ -318,6 +323,11 @@ class LevelManager(ContinuousBatchingManager):
         found = self.batch_processor.inputs_and_outputs
         assert isinstance(found, ContinuousBatchingIOs), type(found)
         return found
+
+    @property
+    def _cuda_runner(self) -> CudaRunner | None:
+        runner = self.batch_processor.model_runner if self.batch_processor is not None else None
+        return runner if isinstance(runner, CudaRunner) else None
 
     @property
     def _scheduler(self) -> SuspectScheduler:

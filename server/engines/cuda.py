@@ -20,8 +20,9 @@ from transformers.generation.continuous_batching.utils import CudaGraphBuffer
 
 from server.engines.sampling import RequestProcessors
 
-# Larger steps read prompts: there the GPU is busy anyway, and their sizes are many.
+# Larger steps read prompts, unless so many requests run: there the GPU is busy anyway, and sizes are many.
 _MOST_TOKENS: Final = 256
+_MOST_GRAPHS: Final = 128
 # Of the keys that a step reads. Smaller ones pad less and need more graphs.
 _KV_INTERVAL: Final = 4096
 
@@ -37,19 +38,23 @@ class CudaIOs(ContinuousBatchingIOs):
     """The inputs of steps: written on the host and brought to the GPU together; graphs are told apart by what
     runs after the model, too."""
 
+    cache: Any  # as the manager has it
     processors: RequestProcessors
     host: ContinuousBatchingIOs | None  # None: they are written on the GPU, one by one
 
     @classmethod
-    def take_over(cls, inputs: Any, processors: RequestProcessors, config: ContinuousBatchingConfig) -> None:
+    def take_over(
+        cls, inputs: object, processors: RequestProcessors, config: ContinuousBatchingConfig
+    ) -> None:
         """Make `inputs` one of these."""
-        assert type(inputs) in (ContinuousBatchingIOs, CudaIOs), type(inputs)
-        inputs.__class__ = cls
-        inputs.processors = processors
-        inputs.host = None
-        if inputs.attention_mask is None:  # a mask would be the most of it by far
-            made = inputs.cache, inputs.config, config, torch.device("cpu"), inputs.model_dtype, processors
-            inputs.host = ContinuousBatchingIOs(*made)
+        assert type(inputs) is ContinuousBatchingIOs, type(inputs)
+        taken: Any = inputs
+        taken.__class__ = cls
+        taken.processors = processors
+        taken.host = None
+        if taken.attention_mask is None:  # a mask would be the most of it by far
+            made = taken.cache, taken.config, config, torch.device("cpu"), taken.model_dtype, processors
+            taken.host = ContinuousBatchingIOs(*made)
 
     def prepare_batch_tensors(
         self, requests_in_batch: list[FutureRequestState], *arguments: Any, **keywords: Any
@@ -57,11 +62,27 @@ class CudaIOs(ContinuousBatchingIOs):
         """As the base class does, all on the host first."""
         if self.host is None:
             super().prepare_batch_tensors(requests_in_batch, *arguments, **keywords)
+            self._after_what_was_begun()
             return
         self.host.prepare_batch_tensors(requests_in_batch, *arguments, **keywords)
-        self.host._transfer_inputs(self, self.compute_stream, non_blocking=True)  # type: ignore[arg-type]
+        stream = self._after_what_was_begun()
+        self.host._transfer_inputs(self, stream, non_blocking=True)
         self.requests_in_batch = self.host.requests_in_batch
         self.req_id_to_new_token_position = self.host.req_id_to_new_token_position
+
+    def _after_what_was_begun(self) -> torch.cuda.Stream:
+        """The stream of steps, which goes on when what this thread has begun on its own is done."""
+        stream = self.compute_stream
+        assert stream is not None, "there is one on CUDA"
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        return stream
+
+    def set_graph(self, graph: torch.cuda.CUDAGraph) -> None:
+        """As the base class does; of too many the oldest goes."""
+        super().set_graph(graph)
+        kept = self.graphs._storage
+        while len(kept) > _MOST_GRAPHS:
+            kept.pop(next(iter(kept))).reset()
 
     def reset(self) -> None:
         """As the base class does, on both sides."""
@@ -78,25 +99,25 @@ class CudaRunner(ModelRunner):
 
     inputs_and_outputs: CudaIOs
     _mask: Any
+    _most_tokens: int
 
     @classmethod
     def take_over(cls, runner: ModelRunner, processors: RequestProcessors) -> None:
         """Make `runner`, and the inputs that it has, one of these."""
-        CudaIOs.take_over(runner.inputs_and_outputs, processors, runner.cb_config)
+        if type(runner) is cls:
+            return
+        assert type(runner) is ModelRunner, type(runner)
+        config = runner.cb_config
+        CudaIOs.take_over(runner.inputs_and_outputs, processors, config)
         taken: Any = runner
         taken.__class__ = cls
         taken._mask = None
+        assert config.max_requests_per_batch is not None
+        taken._most_tokens = max(_MOST_TOKENS, config.max_requests_per_batch + config.q_padding_interval_size)
 
     def forget_graphs(self) -> None:
         """None is kept. Must be called before the runner is given up: graphs share memory that it owns."""
         self.inputs_and_outputs.graphs = CudaGraphBuffer()
-
-    def compute_batch(self, model: torch.nn.Module, batch_data: dict[str, Any]) -> None:
-        """As the base class does, once the inputs are there, which may be written on another stream."""
-        stream = self.inputs_and_outputs.compute_stream
-        assert stream is not None, "there is one on CUDA"
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        super().compute_batch(model, batch_data)
 
     def _get_forward_fn(self, use_block_table: bool) -> tuple[Any, bool]:
         forward, uses_graphs = super()._get_forward_fn(use_block_table)
@@ -104,8 +125,9 @@ class CudaRunner(ModelRunner):
 
     def _may_be_replayed(self) -> bool:
         inputs = self.inputs_and_outputs
-        mask = inputs.processors.only_mask
-        if mask is None or inputs.num_q_tokens > _MOST_TOKENS or not inputs.processors.is_alike:
+        mask, is_small = inputs.processors.only_mask, inputs.num_q_tokens <= self._most_tokens
+        # A suspect is what a step has failed of: recording takes more memory than running.
+        if mask is None or not is_small or inputs.cache.suspects or not inputs.processors.is_alike:
             return False
         if mask is not self._mask:  # graphs read its tensors, so it is kept as long as they are
             self.forget_graphs()

@@ -258,8 +258,12 @@ class RequestProcessors(ContinuousBatchingLogitsProcessorList):
     def is_alike(self) -> bool:
         """Whether another step with the same processors and the same mask differs from this one in its
         tensors alone: nothing is done in Python between them."""
-        is_timed = self._tally is not None and self._tally.is_sampled
-        return not self._special and not self.scored and not is_timed
+        return not self._special and not self.scored and not self.is_timed
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether modulation is to be timed in this step."""
+        return self._tally is not None and self._tally.is_sampled
 
     @property
     def only_mask(self) -> Any:

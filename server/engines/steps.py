@@ -102,8 +102,9 @@ class _Steps:
     def _modulate(self, per_request: Tensor, owner: Tensor | None) -> None:
         self.stop_timing()  # that of a step that did not end
         self._tell()
-        masks = self._manager().processors.masks()
-        if not self._tally.is_sampled:
+        processors = self._manager().processors
+        masks = processors.masks()
+        if not processors.is_timed:
             self._masks.before_step(per_request, owner, masks)
             return
         self._timed = Stopwatch(self._device)

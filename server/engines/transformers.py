@@ -54,13 +54,17 @@ from server.engines.supervision import DEFAULT_MAX_FAILURES, Supervisor, leave_i
 from server.engines.tallying import SAMPLE_EVERY, SAMPLE_GRAPHED_EVERY, Tally
 from server.engines.text import ChatText
 from server.engines.threads import on_one_core
-from server.engines.varlen import can_attend_varlen
+from server.engines.varlen import why_not_varlen
 
 _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
 _GREEDY_BELOW: Final = 1e-5
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
+
+
+def _told(why_not: str | None) -> str:
+    return "true" if why_not is None else f"false ({why_not})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,8 @@ class TransformersEngine(TokenizingEngine):
         with on_one_core():
             self._masks = Masks(self._model, loaded_mask)
         ends = stop_ids(self._model, tokenizer)
-        uses_graphs = cuda_graphs and can_attend_varlen(self._model)
+        why_no_graphs = why_not_varlen(self._model) if cuda_graphs else "as asked"
+        uses_graphs = why_no_graphs is None
         self._vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._text = ChatText(tokenizer, ends, self._vocabulary, int(sizes.max_model_len.value))
         self._grammars = Grammars(tokenizer, self._vocabulary, ends)
@@ -166,7 +171,7 @@ class TransformersEngine(TokenizingEngine):
                 "max_model_len": str(sizes.max_model_len),
                 "kv_cache_tokens": str(sizes.cache_tokens),
                 "prefix_caching": str(prefix_caching).lower(),
-                **({"cuda_graphs": str(uses_graphs).lower()} if on_device.value == "cuda" else {}),
+                **({"cuda_graphs": _told(why_no_graphs)} if on_device.value == "cuda" else {}),
             },
             mask=profile_of(loaded_mask),
         )

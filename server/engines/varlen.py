@@ -25,14 +25,24 @@ _OLDEST: Final = (8, 0)
 
 
 def can_attend_varlen(model: PreTrainedModel) -> bool:
-    """Whether this attention is for the model: on CUDA, in half precision, where transformers would take
-    SDPA with one mask, and every layer attends to everything before it."""
-    if model.device.type != "cuda" or model.dtype not in _DTYPES:
-        return False
+    """Whether this attention is for the model."""
+    return why_not_varlen(model) is None
+
+
+def why_not_varlen(model: PreTrainedModel) -> str | None:
+    """Why this attention is not for the model; None: it is. It is on CUDA, in half precision, where
+    transformers would take SDPA with one mask, and every layer attends to everything before it."""
+    if model.device.type != "cuda":
+        return f"on {model.device.type}"
+    if model.dtype not in _DTYPES:
+        return f"in {str(model.dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(model.device) < _OLDEST:
+        return "the GPU is older than compute capability 8.0"
     config: Any = model.config.get_text_config(decoder=True)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = width % 8 == 0 and width <= _WIDEST_HEAD
-    return fits and torch.cuda.get_device_capability(model.device) >= _OLDEST and attends_to_everything(model)
+    if width % 8 or width > _WIDEST_HEAD:
+        return f"heads of {width} numbers"
+    return None if attends_to_everything(model) else "a layer does not attend to everything before it"
 
 
 def attend(

@@ -1,5 +1,6 @@
 """The comparison with other servers: what is asked of whom, what counts as text, and the plain server."""
 
+import argparse
 import asyncio
 import json
 import random
@@ -8,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 from fastapi.testclient import TestClient
+from transformers import AutoTokenizer
 
+from benchmarks.contenders.__main__ import FULL, _Run
 from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
 from benchmarks.contenders.plain_hooks import create_app
 from benchmarks.contenders.sides import Contender, Setting, contenders, heats, ratios, sides, started
@@ -184,3 +187,27 @@ def test_a_connection_that_the_server_has_closed_is_opened_anew() -> None:
 
     closed = asyncio.Event()
     assert asyncio.run(ask_twice()) == [204, 204]
+
+
+def test_what_was_measured_is_reported_whole_or_cut_short(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With vLLM there are sides that no heat asks; and a run can end before some heats."""
+    arguments = argparse.Namespace(full=True, seed=0, starts=2, rounds=2, shape=None)
+    run = _Run(setting, sides(setting), Asker(AutoTokenizer.from_pretrained(MODEL_DIR), 8), arguments)
+    run.report()
+    for load in run._loads:
+        for heat, names in heats(setting.engines).items():
+            for name in names:
+                speed = 300.0 if name.endswith("off") else 100.0
+                for turn in range(2):
+                    row = dict.fromkeys((50, 95, 99), 1.0)
+                    run._rounds[load.name][name][heat, 0, turn] = Measured(speed, row, row)
+    run.report()
+    cut_short, whole = (json.loads(each) for each in capsys.readouterr().out.splitlines() if each[0:1] == "{")
+    assert not any(cut_short["ratios"].values())
+    assert whole["ratios"].keys() == {load.name for load in FULL}
+    for found in whole["ratios"].values():
+        assert found.keys() == ratios(setting.engines).keys()
+        assert found["transformers: vs_vllm"]["median"] == pytest.approx(3)
+        assert found["vllm: vs_vllm_adapters"]["median"] == pytest.approx(1)

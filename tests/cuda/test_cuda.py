@@ -170,6 +170,8 @@ async def test_requests_of_two_masks_run_in_one_batch(folder: Path) -> None:
     second = scaled(first, 3)
     request = ask("hello", Threshold(12, 9), max_tokens=200)
     async with serving(folder) as engine:
+        seen, before = [], engine._masks.before_step
+        engine._masks.before_step = lambda *given: (seen.append(len(set(given[2]))), before(*given))[1]
         running = [engine.generate(request) for _ in range(3)]
         begun = [await anext(each) for each in running]
         await engine.use_mask(second)
@@ -177,9 +179,10 @@ async def test_requests_of_two_masks_run_in_one_batch(folder: Path) -> None:
         answers = [[one, *await collect(rest)] for one, rest in zip(begun, running, strict=True)]
         for mask, found in ((first, answers), (second, await later)):
             assert worst(folder, mask, engine, [request] * 3, found) < NEAR
+        assert max(seen) == 2
 
 
-async def test_what_python_does_to_a_row_is_done_beside_rows_that_are_replayed(folder: Path) -> None:
+async def test_what_python_does_to_a_row_is_done_beside_plain_rows(folder: Path) -> None:
     plain = ask("hello", Threshold(6, 3), max_tokens=32)
     penalised = replace(plain, sampling=replace(GREEDY, frequency_penalty=2.0))
     constrained = replace(plain, grammar=Grammar("lark", "start: /[ab]{30}/"))

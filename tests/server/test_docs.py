@@ -13,7 +13,7 @@ from modulation.evaluation.judges import REFUSAL_PHRASES, REFUSAL_WINDOW
 from server.app import create_app
 from server.body import Bounds
 from server.engines.fake import FakeEngine
-from server.engines.tallying import SAMPLE_EVERY
+from server.engines.tallying import SAMPLE_EVERY, SAMPLE_GRAPHED_EVERY
 from server.errors import ERRORS
 from server.metric_table import TABLE
 from server.metrics import KNOWN
@@ -76,7 +76,8 @@ def test_metric_labels() -> None:
     for name, values in KNOWN.items():
         (label,) = set(TABLE[name].labels) - {"model_name"}
         assert all(re.search(rf"\b{value}\b", documented[label]) for value in values), name
-    assert f"one step in {SAMPLE_EVERY}" in METRICS_PAGE and str(REFUSAL_WINDOW) in METRICS_PAGE
+    assert f"one step in {SAMPLE_EVERY} (with CUDA graphs one in {SAMPLE_GRAPHED_EVERY}" in METRICS_PAGE
+    assert str(REFUSAL_WINDOW) in METRICS_PAGE
     assert f"{len(REFUSAL_PHRASES)} English phrases" in METRICS_PAGE
 
 
