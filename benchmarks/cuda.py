@@ -34,7 +34,7 @@ import torch
 import transformers
 from transformers.generation.continuous_batching.utils import CudaGraphBuffer
 
-from benchmarks.mixed_levels import without_hooks
+from benchmarks.mixed_levels import ratio, without_hooks
 from benchmarks.shapes import SHAPES, config_of, random_mask, random_model, write
 from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
@@ -135,8 +135,8 @@ def _tell(number: int, found: dict[str, Any]) -> None:
     _say(f"\n{number} at once; floor of a step {found['floor_ms']} ms")
     for name, side in found["sides"].items():
         _say(f"  {name:<10} {side['tokens_per_second']:>9.0f} tokens/s {side['step_ms']:>8.2f} ms a step")
-    for name, ratio in found["ratios"].items():
-        _say(f"  {name:<20} {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})")
+    for name, each in found["ratios"].items():
+        _say(f"  {name:<20} {each['median']:.3f} ({each['low']:.3f} to {each['high']:.3f})")
 
 
 def _thresholds(mask: Mask, number: int, source: random.Random) -> dict[str, list[Threshold]]:
@@ -223,7 +223,7 @@ def _figures(
         "floor_ms": round(1000 * floor, 3),
         "sides": sides,
         "ratios": {
-            f"{one} / {other}": _ratio([a for a, _ in rounds[one]], [b for b, _ in rounds[other]])
+            f"{one} / {other}": ratio([a for a, _ in rounds[one]], [b for b, _ in rounds[other]])
             for one, other in RATIOS
         },
     }
@@ -240,12 +240,6 @@ def _floor(engine: TransformersEngine, number: int, context: float, limits: dict
     kv = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * width * context * number
     operations = 2 * number * sum(each.numel() for each in read)
     return max((weights + kv) / limits["gigabytes_per_second"] / 1e9, operations / limits["teraflops"] / 1e12)
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
-    low, median, high = statistics.quantiles(pairs, n=4)
-    return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,19 +115,20 @@ def _report(
     for name, values in speeds.items():
         _print(f"{name:<10} {statistics.median(values):>10.0f} {min(values):>10.0f} {max(values):>10.0f}")
     ratios = {
-        "mixed_vs_off": _ratio(speeds["mixed"], speeds["off"]),
-        "off_vs_no_hooks": _ratio(speeds["off"], speeds["no hooks"]),
-        "mixed_vs_no_hooks": _ratio(speeds["mixed"], speeds["no hooks"]),
+        "mixed_vs_off": ratio(speeds["mixed"], speeds["off"]),
+        "off_vs_no_hooks": ratio(speeds["off"], speeds["no hooks"]),
+        "mixed_vs_no_hooks": ratio(speeds["mixed"], speeds["no hooks"]),
     }
     _print(f"\n{'ratio':<20} {'median':>8} {'quartiles':>16}   (round by round)")
-    for name, ratio in ratios.items():
-        quartiles = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-        _print(f"{name:<20} {ratio['median']:>8.3f} {quartiles:>16}")
+    for name, found in ratios.items():
+        quartiles = f"{found['low']:.3f} to {found['high']:.3f}"
+        _print(f"{name:<20} {found['median']:>8.3f} {quartiles:>16}")
     medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
     _print(json.dumps({**setting, "tokens_per_second": medians, "ratios": ratios}))
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Of pairs, round by round: their median and quartiles."""
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, median, high = statistics.quantiles(pairs, n=4)
     return {"median": round(median, 4), "low": round(low, 4), "high": round(high, 4)}
