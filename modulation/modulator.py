@@ -4,7 +4,8 @@ Knows a model's sites and a mask. Knows nothing of requests, levels by name, or 
 
 The arithmetic (docs/method.md): per layer, token t and neuron i with rank r_i in its set, factor g_i
 and threshold n_t, a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1.0). Only the mask's neurons are ever
-touched; at (0, 0) they are multiplied by exactly 1.0. Any mix of thresholds costs the same.
+touched; at (0, 0) they are multiplied by exactly 1.0, or, on CUDA, left alone. Any mix of thresholds costs
+the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
-"""Work with tensors beside the thread that runs the steps, without slowing that one down.
+"""Cores for tensors: for the thread that runs the steps, and beside it, without slowing that one down.
 
-Knows how torch runs on several cores. Knows no model.
+Knows how torch runs on several cores. Knows nothing of a model but how many parameters it has.
 
 Each thread that has run a large enough operation keeps helpers of its own, one a core, for as long as it
 lives (libgomp). With those of two threads there are more than cores, and from then on all helpers sleep
