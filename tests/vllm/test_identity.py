@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 
 import pytest
@@ -45,16 +45,19 @@ async def test_50_prompts_at_six_levels_in_one_batch_have_the_tokens_of_plain_tr
 
 
 async def test_off_has_the_tokens_of_vllm_as_it_comes(
-    asked: list[Chat], expected: dict[tuple[int, Threshold], tuple[int, ...]], vllm_engine: VllmEngine
+    asked: list[Chat],
+    expected: dict[tuple[int, Threshold], tuple[int, ...]],
+    vllm_engine: VllmEngine,
+    tmp_path: Path,
 ) -> None:
     """In a process of its own: vLLM with its own worker, and nothing of this project's in it."""
     prompts = [list(await vllm_engine.encode(chat)) for chat in asked]
     script = Path(__file__).with_name("stock.py")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(script), str(MODEL_DIR), str(LENGTH), stdin=PIPE, stdout=PIPE, stderr=PIPE
-    )
-    told, errors = await process.communicate(json.dumps(prompts).encode())
+    answers = tmp_path / "answers.json"
+    command = [sys.executable, str(script), str(MODEL_DIR), str(LENGTH), str(answers)]
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=DEVNULL, stderr=PIPE)
+    _, errors = await process.communicate(json.dumps(prompts).encode())
     assert process.returncode == 0, errors.decode()[-2000:]
-    stock = [tuple(answer) for answer in json.loads(told.splitlines()[-1])]
+    stock = [tuple(answer) for answer in json.loads(answers.read_text())]
     off = [expected[number, ZERO] for number in range(len(asked))]
     assert stock == off
