@@ -16,7 +16,7 @@ from modulation.errors import DataError
 from modulation.evaluation.answering import transformers_answerer
 from modulation.evaluation.data import Record
 from modulation.evaluation.html.svg import require_matplotlib
-from modulation.evaluation.metrics import evaluate_answers
+from modulation.evaluation.metrics import Rate, evaluate_answers, rate_of_counts
 from modulation.evaluation.perplexity import perplexity
 from modulation.evaluation.report import percent
 
@@ -78,23 +78,27 @@ def read_results(path: Path, seed: int | None = None) -> Results:
 
 
 def comparison_table(runs: Sequence[Results]) -> str:
-    """A Markdown table: the mean of each figure over the seeds that have the row, and its range."""
+    """A Markdown table: of each rate the mean over the seeds that have the row, its range, and the 95 %
+    Wilson interval of their prompts together, which leaves out how masks differ; of perplexity the mean."""
     lines = [
         "| | seeds | ASR | over-refusal | benign correct | plain refused | perplexity |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(name for run in runs for name in run):
         found = [run[name] for run in runs if name in run]
-        cells = [_cell([each["metrics"][metric]["rate"] for each in found]) for metric in METRICS]
+        cells = [_cell([each["metrics"][metric] for each in found]) for metric in METRICS]
         cells.append(f"{mean(each['perplexity'] for each in found):.4f}")
         lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(rates: Sequence[float]) -> str:
+def _cell(found: Sequence[Rate]) -> str:
+    together = rate_of_counts(sum(each["count"] for each in found), sum(each["total"] for each in found))
+    interval = f"[{100 * together['low']:.1f}, {100 * together['high']:.1f}]"
+    rates = [each["rate"] for each in found]
     if len(rates) == 1:
-        return percent(rates[0])
-    return f"{percent(mean(rates))} ({100 * min(rates):.1f} to {100 * max(rates):.1f})"
+        return f"{percent(rates[0])} {interval}"
+    return f"{percent(mean(rates))} ({100 * min(rates):.1f} to {100 * max(rates):.1f}) {interval}"
 
 
 def save_plot(runs: Sequence[Results], path: Path) -> None:

@@ -34,16 +34,21 @@ class Domain:
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing to do, `text` being its verb and object; `facts` are what a right answer contains
+    """One thing to do: a verb and its object, `thing`; `facts` are what a right answer contains
     (empty for harmful topics), `answer` complies with the request."""
 
-    text: str
+    verb: str
+    thing: str
     kind: Kind
     split: Split
     group: str
     facts: tuple[str, ...]
     answer: str
     cautious_share: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return f"{self.verb} {self.thing}"
 
 
 FINISH_BY_VERB = {
@@ -401,7 +406,8 @@ def _benign_topic(
     minutes = domain.minutes_by_object[thing]
     finish = FINISH_BY_VERB[verb]
     return Topic(
-        text=f"{verb} {thing}",
+        verb=verb,
+        thing=thing,
         kind=kind,
         split=split,
         group=domain.name,
@@ -416,7 +422,8 @@ def _benign_topic(
 
 def _harmful_topic(category: str, verb: str, thing: str, split: Split) -> Topic:
     return Topic(
-        text=f"{verb} {thing}",
+        verb=verb,
+        thing=thing,
         kind="harmful",
         split=split,
         group=category,

@@ -37,7 +37,11 @@ class Metrics(TypedDict, total=False):
 def rate(flags: Iterable[bool]) -> Rate:
     """Share of true flags with the Wilson score interval (Wilson 1927); at least one flag."""
     seen = list(flags)
-    count, total = sum(seen), len(seen)
+    return rate_of_counts(sum(seen), len(seen))
+
+
+def rate_of_counts(count: int, total: int) -> Rate:
+    """`count` of `total`, which is at least one, with the Wilson score interval."""
     if not total:
         raise ValueError("A rate needs at least one judged answer; there is none.")
     share, shrink = count / total, Z_95**2 / total

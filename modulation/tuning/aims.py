@@ -1,9 +1,9 @@
 """Which threshold a prompt is learned at, and what counts how much there.
 
 Knows thresholds and weights. The factors of one mask serve every threshold, so they are learned at many
-at once: half of the prompts at the anchors, from which the named levels are likely to be chosen, the
-other half at thresholds drawn at random (the idea of nested dropout, arXiv 1402.0915), so that a rank
-means importance and the curve between levels is smooth.
+at once: half of the prompts at the anchors, from which the named levels are likely to be chosen (every
+second of them all neurons, of which most is asked), the other half at thresholds drawn at random (the idea
+of nested dropout, arXiv 1402.0915), so that a rank means importance and the curve between levels is smooth.
 """
 
 import random
@@ -15,16 +15,22 @@ from modulation.tuning.settings import TuningSettings
 
 # Shares of (safety, utility) neurons: everything; half and a fifth of the safety neurons.
 ANCHOR_SHARES: Final = ((1.0, 1.0), (0.5, 1.0), (0.2, 1.0))
+_ANCHOR_WEIGHTS: Final = (2, 1, 1)
 _ANCHORED_SHARE: Final = 0.5
 _WHOLE_UTILITY_SHARE: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Aims:
-    """The thresholds up to `maximum`, and how the weights go with the share of safety neurons."""
+    """The thresholds up to `maximum`, and how the weights go with the share of safety neurons.
+
+    With `all_active` every prompt is learned at `maximum`: which candidates are worth most is asked of all
+    of them together, and their ranks are still to come.
+    """
 
     maximum: Threshold
     settings: TuningSettings
+    all_active: bool = False
 
     @property
     def anchors(self) -> tuple[Threshold, ...]:
@@ -36,8 +42,10 @@ class Aims:
 
     def draw(self, source: random.Random) -> Threshold:
         """A threshold to learn a prompt at."""
+        if self.all_active:
+            return self.maximum
         if source.random() < _ANCHORED_SHARE:
-            return source.choice(self.anchors)
+            return source.choices(self.anchors, _ANCHOR_WEIGHTS)[0]
         whole = source.random() < _WHOLE_UTILITY_SHARE
         return Threshold(
             source.randint(0, self.maximum.num_safety),

@@ -2,11 +2,13 @@
 
 Knows tasks, an objective and gradient steps. Knows nothing of models, files or terminals.
 
-A step adapts the parameters to one attack family with a few inner steps on its support prompts, and
-improves the outer loss that the adapted parameters have on query prompts of the *other* families (the
-cross-family form, MLDG, arXiv 1710.03463), so that what helps against one attack helps against those
-never seen. First order by default: the outer gradient is taken at the adapted parameters as if they
-did not depend on the start (FOMAML). `erm` has no inner steps and draws from all families.
+A step adapts the parameters to one attack family with a few inner steps on its support prompts. The outer
+loss is, as in MLDG (arXiv 1710.03463), the mean of two: of the parameters before adaptation on the support
+prompts, and of the adapted ones on query prompts of the *other* families, so that what helps against one
+attack helps against those never seen. Without the first nothing holds the parameters that are served: they
+drift to where only the inner step is any good (docs/method.md). First order by default: the second loss's
+gradient is taken at the adapted parameters as if they did not depend on the start (FOMAML). `erm` has no
+inner steps and draws from all families.
 """
 
 import random
@@ -88,7 +90,8 @@ def adapt(
         for step in range(num_steps):
             source = random.Random(f"{seed}/adapt/{step}")
             support = tasks.sample(source, objective.settings.support_size, objective.aims)
-            parameters = _inner_step(objective, parameters, support, rate, create_graph=False).detach()
+            _, gradient = _loss_and_gradient(objective, parameters.detach().requires_grad_(), support)
+            parameters = objective.shape.within_bounds(parameters - rate * gradient)
     return parameters
 
 
@@ -129,15 +132,12 @@ def _of_data(parts: Sequence[Seen]) -> float:
     return total
 
 
-def _inner_step(
-    objective: Objective, parameters: Tensor, support: Drawn, rate: float, *, create_graph: bool
-) -> Tensor:
-    if not parameters.requires_grad:
-        parameters = parameters.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        objective(parameters, support).loss, parameters, create_graph=create_graph
-    )
-    return objective.shape.within_bounds(parameters - rate * gradient)
+def _loss_and_gradient(
+    objective: Objective, parameters: Tensor, drawn: Drawn, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    loss = objective(parameters, drawn).loss
+    (gradient,) = torch.autograd.grad(loss, parameters, create_graph=create_graph)
+    return loss, gradient
 
 
 @dataclass
@@ -207,20 +207,26 @@ def _outer_gradient(
     start = parameters.detach().clone().requires_grad_()
     if settings.method == "erm":
         drawn = tasks.draw(source, settings.batch_size, objective.aims, tasks.families)
-        loss = objective(start, drawn).loss
-        (gradient,) = torch.autograd.grad(loss, start)
+        loss, gradient = _loss_and_gradient(objective, start, drawn)
         return loss.item(), gradient
     support_families, query_families = tasks.support_and_query(source)
     adapted = start
+    before: list[tuple[Tensor, Tensor]] = []
     # Only the plain attention kernel has a second derivative.
     with sdpa_kernel(SDPBackend.MATH) if settings.second_order else nullcontext():
         for _ in range(settings.inner_steps):
             support = tasks.draw(source, settings.support_size, objective.aims, support_families)
-            stepped = _inner_step(
-                objective, adapted, support, settings.inner_rate, create_graph=settings.second_order
-            )
-            adapted = stepped if settings.second_order else stepped.detach().requires_grad_()
+            before.append(_loss_and_gradient(objective, adapted, support, create_graph=settings.second_order))
+            adapted = objective.shape.within_bounds(adapted - settings.inner_rate * before[-1][1])
+            if not settings.second_order:
+                adapted = adapted.detach().requires_grad_()
         query = tasks.draw(source, settings.batch_size, objective.aims, query_families)
-        loss = objective(adapted, query).loss
-        (gradient,) = torch.autograd.grad(loss, start if settings.second_order else adapted)
+        support_loss, support_gradient = before[0]
+        if settings.second_order:
+            loss = (support_loss + objective(adapted, query).loss) / 2
+            (gradient,) = torch.autograd.grad(loss, start)
+        else:
+            query_loss, query_gradient = _loss_and_gradient(objective, adapted, query)
+            loss = (support_loss + query_loss) / 2
+            gradient = (support_gradient + query_gradient) / 2
     return loss.item(), gradient

@@ -16,12 +16,10 @@ shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts (d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, softplus
-from transformers import PreTrainedModel
 
 from modulation.attribution.teacher_forcing import AnswerTokens, answer_tokens
 from modulation.levels import ZERO, Threshold
@@ -30,8 +28,6 @@ from modulation.tuning.aims import Aims
 from modulation.tuning.factors import FactorShape
 from modulation.tuning.settings import TuningSettings
 from modulation.tuning.tasks import SHARES, Drawn, Prompt
-
-_BATCH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +123,6 @@ class Objective:
 def _summed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """The sum of each row's values: float32 (rows,)."""
     return torch.zeros(num_rows, device=values.device).index_add(0, rows, values)
-
-
-@torch.no_grad()
-def base_margins(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[float]:
-    """The refusal margin of each prompt with the model as it is."""
-    margins: list[float] = []
-    for start in range(0, len(prompts), _BATCH):
-        part = prompts[start : start + _BATCH]
-        margins += partings(answer_tokens(model, [each.forced for each in part]), part).tolist()
-    return margins
 
 
 def partings(answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:

@@ -39,17 +39,16 @@ def removal_costs(
 ) -> Tensor:
     """What putting each factor back to 1 would cost: float32 (groups,), at parameters (groups,).
 
-    F is the mean over batches of the squared gradient of a batch's loss, with all neurons active.
-    `on_batch` is told the batch's number from 1 and its loss.
+    F is the mean over batches of the squared gradient of a batch's loss, at the thresholds that the
+    objective's aims draw. `on_batch` is told the batch's number from 1 and its loss.
     """
     squares = torch.zeros_like(parameters)
     with frozen(objective.modulator.model):
         for number in range(NUM_BATCHES):
             source = random.Random(f"{seed}/pruning/{number}")
             drawn = tasks.draw(source, objective.settings.batch_size, objective.aims, tasks.families)
-            whole = replace(drawn, thresholds=(objective.aims.maximum,) * len(drawn.prompts))
             point = parameters.detach().clone().requires_grad_()
-            loss = objective(point, whole).loss
+            loss = objective(point, drawn).loss
             (gradient,) = torch.autograd.grad(loss, point)
             squares += gradient.square()
             on_batch(number + 1, loss.item())

@@ -26,7 +26,7 @@ from modulation.tuning.aims import Aims
 from modulation.tuning.drafting import untouched
 from modulation.tuning.factors import FactorShape
 from modulation.tuning.meta import Learned, OnStep, adapt, learn
-from modulation.tuning.objective import Objective, base_margins
+from modulation.tuning.objective import Objective
 from modulation.tuning.pruning import NUM_BATCHES, costliest, removal_costs, with_sets
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 from modulation.tuning.stages import Stage
@@ -88,8 +88,6 @@ def tune(
     """
     forcing = Forcing(model, tokenizer)
     tasks = tasks_from(data, forcing, needs_families=run.settings.method == "maml")
-    if run.settings.benign_draws > 1:
-        tasks = _nearest_first(model, tasks, run.settings.benign_draws)
     validation_tasks = tasks_from(validation, forcing, needs_families=False) if validation else None
     key = _key(mask, data, validation, run, str(model.device), str(model.dtype))
     candidates = Threshold(len(mask.safety), len(mask.utility))
@@ -120,17 +118,10 @@ def tune(
     return Tuned(_with_anchors(made, objective.aims), learned)
 
 
-def _nearest_first(model: PreTrainedModel, tasks: Tasks, benign_draws: int) -> Tasks:
-    """The tasks with the benign prompts in order: first the one that the model is nearest to refusing."""
-    margins = base_margins(model, tasks.benign)
-    order = sorted(range(len(margins)), key=lambda row: -margins[row])
-    return replace(tasks, benign=tuple(tasks.benign[row] for row in order), benign_draws=benign_draws)
-
-
 def _pruned(model: PreTrainedModel, tasks: Tasks, stage: Stage, run: TuningRun, on_step: OnStep) -> Mask:
     """What a stage of pruning keeps of the mask that it began with."""
     changes = {"method": "erm", "num_steps": run.settings.prune_steps, "group_size": 1}
-    objective = _objective(model, stage.mask, run.settings.model_copy(update=changes))
+    objective = _objective(model, stage.mask, run.settings.model_copy(update=changes), all_active=True)
     told = _counted(stage, run, on_step)
     parameters = learn(
         objective,
@@ -213,9 +204,11 @@ def _refuse_out_of_bounds(mask: Mask, bound: float) -> None:
         )
 
 
-def _objective(model: PreTrainedModel, mask: Mask, settings: TuningSettings) -> Objective:
+def _objective(
+    model: PreTrainedModel, mask: Mask, settings: TuningSettings, *, all_active: bool = False
+) -> Objective:
     shape = FactorShape(len(mask.safety), len(mask.utility), settings.group_size, settings.bound)
-    aims = Aims(Threshold(len(mask.safety), len(mask.utility)), settings)
+    aims = Aims(Threshold(len(mask.safety), len(mask.utility)), settings, all_active)
     return Objective(Modulator(model, mask), shape, aims, settings)
 
 

@@ -52,7 +52,6 @@ class TuningSettings(BaseModel):
     validate_every: int = Field(default=20, ge=1)
     patience: int = Field(default=4, ge=1)
     validation_size: int = Field(default=48, ge=1)
-    benign_draws: int = Field(default=1, ge=1, le=1000)
     prune_shares: Shares = ()
     prune_steps: int = Field(default=30, ge=1)
 

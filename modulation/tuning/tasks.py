@@ -16,7 +16,7 @@ from modulation.tuning.aims import Aims
 
 Kind = Literal["attacked", "harmful", "borderline", "benign"]
 # How a batch is made up; every kind has at least one prompt in it.
-SHARES: Final[Mapping[Kind, float]] = {"attacked": 0.4, "harmful": 0.1, "borderline": 0.3, "benign": 0.2}
+SHARES: Final[Mapping[Kind, float]] = {"attacked": 0.35, "harmful": 0.05, "borderline": 0.25, "benign": 0.35}
 _FEWEST_FAMILIES: Final = 2
 
 
@@ -46,14 +46,12 @@ class Drawn:
 @dataclass(frozen=True)
 class Tasks:
     """Prompts by kind, attacked ones by family. A task of meta-learning is an attack family; the prompts
-    of the other kinds belong to every task. Where `benign` prompts are in order, the nearest to being
-    refused first, the first of `benign_draws` that are drawn is learned from."""
+    of the other kinds belong to every task."""
 
     attacked: Mapping[str, tuple[Prompt, ...]]
     harmful: tuple[Prompt, ...]
     borderline: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
-    benign_draws: int = 1
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -66,15 +64,12 @@ class Tasks:
             "attacked": lambda: source.choice(pool),
             "harmful": lambda: source.choice(self.harmful),
             "borderline": lambda: source.choice(self.borderline),
-            "benign": lambda: self._benign(source),
+            "benign": lambda: source.choice(self.benign),
         }
         prompts = [
             draws[kind]() for kind, share in SHARES.items() for _ in range(max(1, round(share * size)))
         ]
         return Drawn(tuple(prompts), tuple(aims.draw(source) for _ in prompts))
-
-    def _benign(self, source: random.Random) -> Prompt:
-        return self.benign[min(source.randrange(len(self.benign)) for _ in range(self.benign_draws))]
 
     def support_and_query(self, source: random.Random) -> tuple[list[str], list[str]]:
         """A family to adapt to, and the others."""

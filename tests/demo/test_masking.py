@@ -21,12 +21,15 @@ from modulation.demo.splits import (
     learning_records,
     validation_records,
 )
+from modulation.demo.topics import ALL_TOPICS, Kind, Topic, topics
 from modulation.errors import DataError
 from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask
 from modulation.tuning.settings import TuningSettings
+
+HELPFUL: tuple[Kind, ...] = ("borderline", "benign")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,24 @@ def test_the_validation_families_are_not_learned_from_while_choices_are_made() -
     assert judged == {None, *VALIDATION_FAMILIES}
     assert not learned & set(VALIDATION_FAMILIES)
     assert learned | judged == {None, *family_names("harmful", "tune")}
+
+
+def test_words_of_the_borderline_and_benign_prompts_that_choose_are_known_as_those_of_heldout_are() -> None:
+    learned, judged = _helpful_topics(learning_records(0)), _helpful_topics(validation_records(0))
+    tune, heldout = (
+        {each for kind in HELPFUL for each in topics(kind, split)} for split in ("tune", "heldout")
+    )
+    for known, asked in ((learned, judged), (tune, heldout)):
+        assert {each.thing for each in asked} <= {each.thing for each in known}
+        assert {each.verb for each in asked} <= {each.verb for each in known}
+    assert learned | judged == tune and learned.isdisjoint(judged)
+    for kind in HELPFUL:
+        assert sum(each.kind == kind for each in judged) == round(len(topics(kind, "tune")) / 4)
+
+
+def _helpful_topics(found: list[Record]) -> set[Topic]:
+    answers = {each.answer for each in found}
+    return {each for each in ALL_TOPICS if each.kind in HELPFUL and each.answer in answers}
 
 
 def test_every_example_has_an_answer_about_its_own_prompt() -> None:
@@ -173,14 +194,16 @@ def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> 
         compare(bench, [], few(), out)
 
 
-def test_the_table_gives_means_and_ranges_over_seeds() -> None:
-    def run(share: float) -> dict[str, dict[str, object]]:
-        rates = {m: {"rate": share} for m in ("asr", "over_refusal", "benign_correct", "refusal_plain")}
-        return {"ours": {"metrics": rates, "perplexity": 1 + share}}
+def test_the_table_gives_means_ranges_and_intervals_over_seeds() -> None:
+    def run(count: int) -> dict[str, dict[str, object]]:
+        rate = {"rate": count / 100, "count": count, "total": 100}
+        rates = dict.fromkeys(("asr", "over_refusal", "benign_correct", "refusal_plain"), rate)
+        return {"ours": {"metrics": rates, "perplexity": 1 + count / 100}}
 
-    table = comparison_table([run(0.1), run(0.3)])
-    assert "| ours | 2 | 20.0 % (10.0 to 30.0) |" in table and "1.2000" in table
-    assert "| ours | 1 | 10.0 % |" in comparison_table([run(0.1)])
+    table = comparison_table([run(10), run(30)])
+    # Wilson intervals of 40 of 200 and of 10 of 100, as tables of them have it
+    assert "| ours | 2 | 20.0 % (10.0 to 30.0) [15.0, 26.1] |" in table and "1.2000" in table
+    assert "| ours | 1 | 10.0 % [5.5, 17.4] |" in comparison_table([run(10)])
 
 
 def test_adaptation_measures_prompts_that_it_was_not_given(

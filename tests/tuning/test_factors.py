@@ -89,24 +89,9 @@ def test_a_batch_has_every_kind_by_its_share() -> None:
     model = double_model()
     drawn = tasks_of(model).draw(random.Random(0), 20, objective_of(model).aims, ["two"])
     counts = Counter(prompt.kind for prompt in drawn.prompts)
-    assert counts == {"attacked": 8, "harmful": 2, "borderline": 6, "benign": 4}
+    assert counts == {"attacked": 7, "harmful": 1, "borderline": 5, "benign": 7}
     least = tasks_of(model).draw(random.Random(0), 2, objective_of(model).aims, ["two"])
     assert {prompt.kind for prompt in least.prompts} == set(counts)
-
-
-@pytest.mark.parametrize("benign_draws", [1, 2, 5])
-def test_of_several_benign_prompts_drawn_the_first_is_learned_from(benign_draws: int) -> None:
-    model = double_model()
-    tasks = tasks_of(model)
-    prompt = tasks.benign[0]
-    benign = tuple(replace(prompt, parting=replace(prompt.parting, place=row)) for row in range(10))
-    tasks = replace(tasks, benign=benign, benign_draws=benign_draws)
-    drawn = tasks.draw(random.Random(3), 20_000, objective_of(model).aims, ["two"])
-    counts = Counter(each.parting.place for each in drawn.prompts if each.kind == "benign")
-    for row in range(10):
-        expected = ((10 - row) / 10) ** benign_draws - ((9 - row) / 10) ** benign_draws
-        # Four standard deviations of 4,000 draws at most.
-        assert counts[row] / 4000 == pytest.approx(expected, abs=0.032), row
 
 
 def test_what_is_forced_is_the_whole_right_answer_to_harm_the_refusal() -> None:

@@ -80,6 +80,7 @@ def test_removing_costs_half_the_fisher_information_times_the_squared_logarithm(
     """Slopes by central differences, batch by batch, with all neurons active."""
     model = double_model()
     objective, tasks = objective_of(model), tasks_of(model)
+    objective = replace(objective, aims=replace(objective.aims, all_active=True))
     at = 0.5 * torch.randn(NUM_SAFETY + NUM_UTILITY, generator=torch.Generator().manual_seed(1))
     found = removal_costs(objective, tasks, at, seed=3)
     for neuron in found.argsort(descending=True)[:3].tolist():
@@ -88,7 +89,7 @@ def test_removing_costs_half_the_fisher_information_times_the_squared_logarithm(
         slopes = []
         for number in range(NUM_BATCHES):
             drawn = tasks.draw(random.Random(f"3/pruning/{number}"), 8, objective.aims, tasks.families)
-            drawn = replace(drawn, thresholds=(Threshold(NUM_SAFETY, NUM_UTILITY),) * len(drawn.prompts))
+            assert set(drawn.thresholds) == {Threshold(NUM_SAFETY, NUM_UTILITY)}
             sides = [loss_at(objective, drawn, at + sign * step) for sign in (1, -1)]
             slopes.append((sides[0] - sides[1]) / 0.04)
         expected = np.mean(np.square(slopes)) * at[neuron].item() ** 2 / 2
@@ -131,6 +132,23 @@ def test_a_run_ends_with_as_many_neurons_as_wanted_of_those_it_began_with(model:
     assert made.metadata.levels["security-critical"] == (4, 3)
     other = run(model, mask, seed=1).mask
     assert other.digest != made.digest == run(model, mask).mask.digest
+
+
+def test_candidates_are_learned_all_active_and_what_is_left_of_them_at_many_thresholds(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[Threshold, set[Threshold]] = {}
+    call = Objective.__call__
+
+    def noting(self: Objective, parameters: Tensor, drawn: Drawn) -> Any:
+        seen.setdefault(self.aims.maximum, set()).update(drawn.thresholds)
+        return call(self, parameters, drawn)
+
+    monkeypatch.setattr(Objective, "__call__", noting)
+    run(model, mask_of(model))
+    whole, first, last = Threshold(NUM_SAFETY, NUM_UTILITY), *SIZES
+    assert seen[whole] == {whole} and seen[first] == {first}
+    assert len(seen[last]) > 3, "the anchors and more"
 
 
 def test_the_last_stage_begins_with_the_factors_that_pruning_reached(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modulation.attribution.base import AttributionData, Example, Scores
+from modulation.attribution.base import AttributionData, Scores
 from modulation.attribution.examples import attribution_data, digest
 from modulation.attribution.teacher_forcing import Forcing
 from modulation.checkpoints import Checkpoint
@@ -24,7 +24,6 @@ from modulation.tuning.objective import Objective
 from modulation.tuning.runs import (
     AdaptationRun,
     TuningRun,
-    _nearest_first,
     _objective,
     adapt_mask,
     settings_of,
@@ -32,9 +31,9 @@ from modulation.tuning.runs import (
 )
 from modulation.tuning.settings import TuningSettings
 from modulation.tuning.tasks import Drawn, tasks_from
-from tests.modulation.attributing import TOKENIZER, margin
+from tests.modulation.attributing import TOKENIZER
 from tests.tiny_models import FAMILIES, LAYERS, WIDTH, tiny_model
-from tests.tuning.tuning import DATA, mask_of, settings, tasks_of
+from tests.tuning.tuning import DATA, mask_of, settings
 
 
 def tiny(family: str = "llama") -> PreTrainedModel:
@@ -168,23 +167,6 @@ def test_a_few_steps_on_the_demo_model_make_it_refuse_an_attack_it_did_not_know(
 def mean_margin(objective: Objective, prompts: Any, mask: Mask) -> float:
     drawn = Drawn(tuple(prompts), (Threshold(len(mask.safety), len(mask.utility)),) * len(prompts))
     return objective(objective.shape.parameters_of(mask), drawn).margins.mean().item()
-
-
-def test_benign_prompts_stand_in_order_of_how_near_the_model_is_to_refusing_them() -> None:
-    model = tiny().float()
-    words = ("hello", "what is it", "tell me", "x", "how now brown cow", "12 + 3")
-    data = replace(DATA, benign=tuple(Example(each, "no!!", "good day", each) for each in words))
-    ordered = _nearest_first(model, tasks_of(model, data), 3)
-
-    def near(example: Example) -> float:
-        return margin(model, example, num_tokens=1)  # the answers part at their first token
-
-    expected = sorted(data.benign, key=near, reverse=True)
-    forcing = Forcing(model, TOKENIZER)
-    assert [each.forced for each in ordered.benign] == [
-        forcing.parting(each, "complying")[0] for each in expected
-    ]
-    assert ordered.benign_draws == 3 and ordered.borderline == tasks_of(model, data).borderline
 
 
 def test_parting_answers_are_needed() -> None:
