@@ -33,6 +33,7 @@ from modulation.flags import refuse_unwritable
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
+from modulation.tuning.runs import settings_of
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 NOT_WRAPPED = "none"
@@ -235,10 +236,10 @@ def adapt(
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
+    adapted = Mask.load(mask_file)
+    settings = TuningSettings.parse([], settings_of(adapted))
     with _bench(model, seed) as bench:
-        found = adaptations(
-            bench, Mask.load(mask_file), split, TuningSettings(), steps, rate, family, tqdm.write
-        )
+        found = adaptations(bench, adapted, split, settings, steps, rate, family, tqdm.write)
     typer.echo(adaptation_table(found))
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")

@@ -187,10 +187,12 @@ def adapt_mask(
 
 
 def settings_of(mask: Mask) -> dict[str, Any]:
-    """The settings that a mask was tuned with, empty where it does not say."""
+    """The settings that a mask was tuned with, empty where it does not say; without those that there were
+    once and are no more."""
     record = mask.metadata.method.get("tuning")
     settings = record.get("settings") if isinstance(record, dict) else None
-    return settings if isinstance(settings, dict) else {}
+    known = TuningSettings.model_fields
+    return {n: each for n, each in settings.items() if n in known} if isinstance(settings, dict) else {}
 
 
 def _refuse_out_of_bounds(mask: Mask, bound: float) -> None:

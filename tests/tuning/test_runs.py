@@ -136,6 +136,8 @@ def test_adaptation_goes_on_with_the_settings_that_the_mask_was_tuned_with() -> 
     parsed = TuningSettings.parse(["benign_weight=2"], settings_of(made))
     assert parsed == settings(num_steps=2, group_size=2, bound=20.0, benign_weight=2.0)
     assert settings_of(mask_of(model)) == {}
+    made.metadata.method["tuning"]["settings"]["gone_since"] = 3
+    assert TuningSettings.parse(["benign_weight=2"], settings_of(made)) == parsed
     broken = replace(made, metadata=made.metadata.model_copy(update={"method": {"tuning": "x"}}))
     assert settings_of(broken) == {}
 
