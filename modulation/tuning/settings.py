@@ -44,14 +44,14 @@ class TuningSettings(BaseModel):
     inner_steps: int = Field(default=1, ge=1, le=10)
     inner_rate: Positive = 0.3
     support_size: int = Field(default=24, ge=4)
-    num_steps: int = Field(default=80, ge=1)
+    num_steps: int = Field(default=90, ge=1)
     batch_size: int = Field(default=64, ge=8)
     rate: Positive = 0.1
     bound: float = Field(default=32.0, gt=1, le=1e4, allow_inf_nan=False)
     group_size: int = Field(default=1, ge=1)
-    validate_every: int = Field(default=20, ge=1)
+    validate_every: int = Field(default=45, ge=1)
     patience: int = Field(default=4, ge=1)
-    validation_size: int = Field(default=48, ge=1)
+    validation_size: int = Field(default=120, ge=1)
     prune_shares: Shares = ()
     prune_steps: int = Field(default=30, ge=1)
 
@@ -60,14 +60,14 @@ class TuningSettings(BaseModel):
     borderline_margin: float = 3.0
     benign_margin: float = 4.0
 
-    attacked_weight: Weight = 4.5
+    attacked_weight: Weight = 5.0
     attacked_weight_low: Weight = 0.3
-    borderline_weight: Weight = 2.0
-    borderline_weight_low: Weight = 2.0
+    borderline_weight: Weight = 3.0
+    borderline_weight_low: Weight = 3.0
     harmful_weight: Weight = 0.5
     benign_weight: Weight = 1.0
     likelihood_weight: Weight = 0.6
-    divergence_weight: Weight = 10.0
+    divergence_weight: Weight = 12.0
     shrinkage: Weight = 0.002
 
     @classmethod
