@@ -206,9 +206,18 @@ def compare(
     settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
         ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0]
-        rows = [row for row in Rivals(bench, ours, settings).rows() if not only or row.name in only]
+        rows = list(Rivals(bench, ours, settings).rows())
+        _refuse_unknown_rows(only or [], [row.name for row in rows])
+        rows = [row for row in rows if not only or row.name in only]
         found = compare_rows(bench, rows, scorecard_records(split, seed), out, tqdm.write)
     typer.echo(comparison_table([found]))
+
+
+def _refuse_unknown_rows(asked: list[str], names: list[str]) -> None:
+    for name in asked:
+        if name not in names:
+            accepted = "; ".join(names)
+            raise typer.BadParameter(f"no row is named {name!r}; accepted: {accepted}.", param_hint="--only")
 
 
 @app.command()
@@ -216,7 +225,7 @@ def compared(
     files: Annotated[list[Path], typer.Argument(help="Results files of `demo compare`, one a seed.")],
     plot: Annotated[Path | None, typer.Option(help="File to draw it to (.svg or .png).")] = None,
 ) -> None:
-    """Print the table of several comparisons: means over the seeds, and ranges."""
+    """Print the table of several comparisons: means over the seeds, ranges and intervals."""
     refuse_unwritable({"--plot": plot})
     runs = [read_results(file) for file in files]
     typer.echo(comparison_table(runs))
@@ -236,10 +245,10 @@ def adapt(
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
-    adapted = Mask.load(mask_file)
-    settings = TuningSettings.parse([], settings_of(adapted))
+    learned = Mask.load(mask_file)
+    settings = TuningSettings.parse([], settings_of(learned))
     with _bench(model, seed) as bench:
-        found = adaptations(bench, adapted, split, settings, steps, rate, family, tqdm.write)
+        found = adaptations(bench, learned, split, settings, steps, rate, family, tqdm.write)
     typer.echo(adaptation_table(found))
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")

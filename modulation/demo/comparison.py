@@ -79,7 +79,8 @@ def read_results(path: Path, seed: int | None = None) -> Results:
 
 def comparison_table(runs: Sequence[Results]) -> str:
     """A Markdown table: of each rate the mean over the seeds that have the row, its range, and the 95 %
-    Wilson interval of their prompts together, which leaves out how masks differ; of perplexity the mean."""
+    Wilson interval of their prompts together (as if masks were one and no two prompts had a topic); of
+    perplexity the mean."""
     lines = [
         "| | seeds | ASR | over-refusal | benign correct | plain refused | perplexity |",
         "|---|---|---|---|---|---|---|",

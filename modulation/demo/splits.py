@@ -5,7 +5,7 @@ Knows the corpus. Knows nothing of masks, and nothing of the `heldout` split.
 Families and topics are both parted: the validation families are never attributed or learned from, and a
 quarter of the topics, drawn once, is asked only there. Borderline and benign ones among them are, as in the
 `heldout` split, verbs and objects known from elsewhere, put together otherwise: a word of the validation part
-alone would ask for more than `heldout` does. Most harmful objects have one topic each, so there it is asked.
+alone would ask for more than `heldout` does. Most harmful objects have one topic each, so they may be new.
 """
 
 import random
@@ -65,7 +65,6 @@ def _records(
     ]
 
 
-@cache
 def _validation_rows(kind: Kind) -> frozenset[int]:
     """Which of the kind's topics are the validation part's."""
     return frozenset(row for row, each in enumerate(topics(kind, "tune")) if each in _validation_topics())
@@ -85,6 +84,7 @@ def _validation_topics() -> frozenset[Topic]:
             drawn.append(topic)
             missing[topic.kind] -= 1
             left.subtract(_words(topic))
+    assert not any(missing.values()), "too few topics are known from elsewhere"
     return frozenset(drawn)
 
 

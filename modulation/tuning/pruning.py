@@ -39,9 +39,10 @@ def removal_costs(
 ) -> Tensor:
     """What putting each factor back to 1 would cost: float32 (groups,), at parameters (groups,).
 
-    F is the mean over batches of the squared gradient of a batch's loss, at the thresholds that the
-    objective's aims draw. `on_batch` is told the batch's number from 1 and its loss.
+    F is the mean over batches of the squared gradient of a batch's loss, with all neurons active, as the
+    objective's aims must say. `on_batch` is told the batch's number from 1 and its loss.
     """
+    assert objective.aims.all_active, "what a neuron is worth is asked of all of them together"
     squares = torch.zeros_like(parameters)
     with frozen(objective.modulator.model):
         for number in range(NUM_BATCHES):

@@ -188,11 +188,19 @@ def adapt_mask(
 
 def settings_of(mask: Mask) -> dict[str, Any]:
     """The settings that a mask was tuned with, empty where it does not say; without those that there were
-    once and are no more."""
+    once and are no more (`forgotten_settings`)."""
+    return {name: each for name, each in _recorded(mask).items() if name in TuningSettings.model_fields}
+
+
+def forgotten_settings(mask: Mask) -> dict[str, Any]:
+    """Of what a mask was tuned with, the settings that there are no more."""
+    return {name: each for name, each in _recorded(mask).items() if name not in TuningSettings.model_fields}
+
+
+def _recorded(mask: Mask) -> dict[str, Any]:
     record = mask.metadata.method.get("tuning")
     settings = record.get("settings") if isinstance(record, dict) else None
-    known = TuningSettings.model_fields
-    return {n: each for n, each in settings.items() if n in known} if isinstance(settings, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _refuse_out_of_bounds(mask: Mask, bound: float) -> None:

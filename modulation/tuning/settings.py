@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from modulation.errors import DataError
 
 # Few-shot adaptation: how many inner steps, and how far one goes.
-ADAPTATION_STEPS: Final = 3
-ADAPTATION_RATE: Final = 3.0
+ADAPTATION_STEPS: Final = 10
+ADAPTATION_RATE: Final = 0.3
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

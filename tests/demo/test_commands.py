@@ -1,13 +1,19 @@
 """The commands accept what they document and refuse the rest with exit code 2 and a list."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from modulation.demo import MASK_FILE
 from modulation.demo.commands import app
 from modulation.demo.corpus import family_names
+from modulation.demo.masking import PRUNED
 from modulation.evaluation.data import read_records
+from modulation.masks import Mask
+from modulation.tuning.settings import TuningSettings
 
 FIELDS = ["id", "prompt", "kind", "family", "split", "check"]
 
@@ -75,3 +81,28 @@ def test_evaluate_refuses_a_folder_without_a_model(tmp_path) -> None:  # type: i
     result = CliRunner().invoke(app, ["evaluate", "--model", str(tmp_path)])
     assert result.exit_code == 2
     assert "config.json" in result.output
+
+
+def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
+    arguments = ["--mask", str(MASK_FILE), "--only", "no change", "--only", "steering"]
+    result = CliRunner().invoke(app, ["compare", *arguments, "--out", str(tmp_path / "out.json")])
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    told = " ".join(result.output.replace("│", " ").split())
+    assert "no row is named 'steering'" in told and "steering vector" in told
+
+
+def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = Mask.load(MASK_FILE)
+    mask.metadata.method["tuning"]["settings"]["support_size"] = 7
+    mask.save(tmp_path / "mask.safetensors")
+    given: list[TuningSettings] = []
+
+    def adaptations(*arguments: Any) -> list[Any]:
+        given.extend(each for each in arguments if isinstance(each, TuningSettings))
+        return []
+
+    monkeypatch.setattr("modulation.demo.commands.adaptations", adaptations)
+    result = CliRunner().invoke(app, ["adapt", "--mask", str(tmp_path / "mask.safetensors")])
+    assert result.exit_code == 0, result.output
+    assert [each.support_size for each in given] == [7]
+    assert given[0].prune_shares == TuningSettings.parse([], PRUNED).prune_shares

@@ -26,6 +26,7 @@ from modulation.tuning.runs import (
     TuningRun,
     _objective,
     adapt_mask,
+    forgotten_settings,
     settings_of,
     tune,
 )
@@ -138,6 +139,7 @@ def test_adaptation_goes_on_with_the_settings_that_the_mask_was_tuned_with() -> 
     assert settings_of(mask_of(model)) == {}
     made.metadata.method["tuning"]["settings"]["gone_since"] = 3
     assert TuningSettings.parse(["benign_weight=2"], settings_of(made)) == parsed
+    assert forgotten_settings(made) == {"gone_since": 3}
     broken = replace(made, metadata=made.metadata.model_copy(update={"method": {"tuning": "x"}}))
     assert settings_of(broken) == {}
 
@@ -153,9 +155,9 @@ def test_a_few_steps_on_the_demo_model_make_it_refuse_an_attack_it_did_not_know(
     """From the shipped mask's neurons with factors of 1. The prompts are those adapted to."""
     opened, shipped = open_model("demo", "cpu", "float32"), Mask.load(MASK_FILE)
     mask = draft(opened.model, "demo", shipped.safety.neurons, shipped.utility.neurons)
-    chosen = TuningSettings(support_size=6)
-    data = demo_data("few_shot", 6)
-    adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, AdaptationRun(chosen, 3, 3.0))
+    chosen = TuningSettings(support_size=12)
+    data = demo_data("few_shot", 12)
+    adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, AdaptationRun(chosen))
 
     def attacked_margin(of: Mask) -> float:
         objective = _objective(opened.model, of, chosen)
