@@ -15,7 +15,7 @@ from modulation.tuning.settings import TuningSettings
 
 # Shares of (safety, utility) neurons: everything; half and a fifth of the safety neurons.
 ANCHOR_SHARES: Final = ((1.0, 1.0), (0.5, 1.0), (0.2, 1.0))
-_ANCHOR_WEIGHTS: Final = (2, 1, 1)
+ANCHOR_WEIGHTS: Final = (2, 1, 1)
 _ANCHORED_SHARE: Final = 0.5
 _WHOLE_UTILITY_SHARE: Final = 0.5
 
@@ -45,7 +45,7 @@ class Aims:
         if self.all_active:
             return self.maximum
         if source.random() < _ANCHORED_SHARE:
-            return source.choices(self.anchors, _ANCHOR_WEIGHTS)[0]
+            return source.choices(self.anchors, ANCHOR_WEIGHTS)[0]
         whole = source.random() < _WHOLE_UTILITY_SHARE
         return Threshold(
             source.randint(0, self.maximum.num_safety),

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from modulation.attribution.gates import frozen
 from modulation.checkpoints import Savings
 from modulation.tuning.objective import Objective, Seen
 from modulation.tuning.tasks import Drawn, Tasks
+
+OUTER_LOSS: Final = "mldg"
+"""Of `maml`: half the loss before adaptation on support prompts, half that after it on query prompts."""
 
 _BETAS = (0.9, 0.95)
 _FINAL_RATE_SHARE = 0.1

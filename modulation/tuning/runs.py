@@ -22,15 +22,15 @@ from modulation.errors import DataError
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from modulation.tuning.aims import Aims
+from modulation.tuning.aims import ANCHOR_SHARES, ANCHOR_WEIGHTS, Aims
 from modulation.tuning.drafting import untouched
 from modulation.tuning.factors import FactorShape
-from modulation.tuning.meta import Learned, OnStep, adapt, learn
+from modulation.tuning.meta import OUTER_LOSS, Learned, OnStep, adapt, learn
 from modulation.tuning.objective import Objective
 from modulation.tuning.pruning import NUM_BATCHES, costliest, removal_costs, with_sets
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 from modulation.tuning.stages import Stage
-from modulation.tuning.tasks import Tasks, tasks_from
+from modulation.tuning.tasks import SHARES, Tasks, tasks_from
 
 # Factors are kept in float32: a learned one may stand on its bound.
 _ROUNDING = 1e-5
@@ -108,6 +108,7 @@ def tune(
     digests = {"tuning": digest(data)} | ({"tuning_validation": digest(validation)} if validation else {})
     record = {
         "settings": run.settings.model_dump(),
+        **({"outer_loss": OUTER_LOSS} if run.settings.method == "maml" else {}),
         "num_steps": learned.num_steps,
         "families": list(data.attacked),
         "validation_families": list(validation.attacked) if validation else [],
@@ -257,7 +258,7 @@ def _key(
     device: str,
     dtype: str,
 ) -> str:
-    """Of everything that the result depends on, to the last bit."""
+    """Of everything that the result depends on, and of what versions of the method differ in."""
     neurons = np.concatenate([mask.safety.neurons, mask.utility.neurons]).tobytes()
     parts = {
         "neurons": hashlib.sha256(neurons).hexdigest(),
@@ -266,6 +267,7 @@ def _key(
         "data": digest(data),
         "validation": digest(validation) if validation else None,
         "settings": run.settings.model_dump(),
+        "drawing": (OUTER_LOSS, dict(SHARES), ANCHOR_SHARES, ANCHOR_WEIGHTS),
         "sizes": [(each.num_safety, each.num_utility) for each in run.sizes],
         "seed": run.seed,
         "device": device,

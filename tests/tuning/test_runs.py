@@ -104,6 +104,19 @@ def test_too_few_neurons_of_positive_score_and_too_small_a_share_are_refused() -
         counts(tiny(), 0.01)
 
 
+def test_a_checkpoint_of_another_version_of_the_method_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny(), tmp_path / "checkpoint"
+    made = run(model, mask_of(model), path=path)
+    assert made.metadata.method["tuning"]["outer_loss"] == "mldg"
+    assert "outer_loss" not in run(model, mask_of(model), method="erm").metadata.method["tuning"]
+    for name, other in (("OUTER_LOSS", "maml"), ("SHARES", {"attacked": 1.0}), ("ANCHOR_WEIGHTS", (1, 1, 1))):
+        with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="another run"):
+            patched.setattr(f"modulation.tuning.runs.{name}", other)
+            run(model, mask_of(model), path=path)
+
+
 def test_adaptation_starts_from_the_masks_factors_and_drops_what_was_measured() -> None:
     model = tiny()
     mask = run(model, mask_of(model))
