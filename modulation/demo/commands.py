@@ -33,7 +33,7 @@ from modulation.flags import refuse_unwritable
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
-from modulation.tuning.runs import settings_of
+from modulation.tuning.commands import settings_to_adapt
 from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 NOT_WRAPPED = "none"
@@ -246,7 +246,7 @@ def adapt(
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
     learned = Mask.load(mask_file)
-    settings = TuningSettings.parse([], settings_of(learned))
+    settings = settings_to_adapt(learned, [])
     with _bench(model, seed) as bench:
         found = adaptations(bench, learned, split, settings, steps, rate, family, tqdm.write)
     typer.echo(adaptation_table(found))

@@ -235,17 +235,24 @@ def _report(tuned: "Tuned", request: _Request, validation: Path | None) -> str:
     )
 
 
+def settings_to_adapt(mask: "Mask", option: Sequence[str]) -> TuningSettings:
+    """The mask's own, with `option` in their place; says which of them there are no more."""
+    from modulation.tuning.runs import forgotten_settings, settings_of
+
+    for name, value in forgotten_settings(mask).items():
+        typer.echo(f"The mask was tuned with {name}={value} too, which is no option any more; left out.")
+    return TuningSettings.parse(option, settings_of(mask))
+
+
 def _adapt(request: _Request, path: Path, num_steps: int, rate: float) -> None:
     from modulation.attribution.reading import examples_of
     from modulation.evaluation.data import read_records
     from modulation.masks import Mask
-    from modulation.tuning.runs import AdaptationRun, adapt_mask, forgotten_settings, settings_of
+    from modulation.tuning.runs import AdaptationRun, adapt_mask
     from modulation.tuning.summary import movement_table
 
     mask = Mask.load(path)
-    settings = TuningSettings.parse(request.option, settings_of(mask))
-    for name, value in forgotten_settings(mask).items():
-        typer.echo(f"The mask was tuned with {name}={value} too, which is no option any more; left out.")
+    settings = settings_to_adapt(mask, request.option)
     records = read_records(request.data)
     opened = open_model(request.model, request.device, request.dtype)
     typer.echo(str(opened))

@@ -93,7 +93,7 @@ def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
 
 def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask.load(MASK_FILE)
-    mask.metadata.method["tuning"]["settings"]["support_size"] = 7
+    mask.metadata.method["tuning"]["settings"] |= {"support_size": 7, "gone_since": 3}
     mask.save(tmp_path / "mask.safetensors")
     given: list[TuningSettings] = []
 
@@ -104,5 +104,6 @@ def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch
     monkeypatch.setattr("modulation.demo.commands.adaptations", adaptations)
     result = CliRunner().invoke(app, ["adapt", "--mask", str(tmp_path / "mask.safetensors")])
     assert result.exit_code == 0, result.output
+    assert "tuned with gone_since=3 too, which is no option any more" in result.output
     assert [each.support_size for each in given] == [7]
     assert given[0].prune_shares == TuningSettings.parse([], PRUNED).prune_shares

@@ -201,7 +201,7 @@ def test_the_table_gives_means_ranges_and_intervals_over_seeds() -> None:
         return {"ours": {"metrics": rates, "perplexity": 1 + count / 100}}
 
     table = comparison_table([run(10), run(30)])
-    # Wilson intervals of 40 of 200 and of 10 of 100, as tables of them have it
+    # Wilson intervals of 40 of 200 and of 10 of 100: all p with |p - share| <= 1.96 sqrt(p (1 - p) / n)
     assert "| ours | 2 | 20.0 % (10.0 to 30.0) [15.0, 26.1] |" in table and "1.2000" in table
     assert "| ours | 1 | 10.0 % [5.5, 17.4] |" in comparison_table([run(10)])
 
