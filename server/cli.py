@@ -89,16 +89,24 @@ def serve(**flags: Any) -> None:
     """Serve the model over OpenAI's API."""
     settings = read_settings({name: value for name, value in flags.items() if value not in (None, [])})
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    from server.process import ended_by_signals
+
+    with ended_by_signals() as end_if_signalled:
+        _serve(settings, end_if_signalled)
+
+
+def _serve(settings: Settings, end_if_signalled: Callable[[], None]) -> None:
     from server.app import create_app, reload
     from server.connections import Limits, allow_files
     from server.draining import Drain
-    from server.process import EngineEnd, bind, ended_by_sigterm, run
+    from server.process import EngineEnd, bind, run
 
     end = EngineEnd()
     allow_files(settings.max_connections)
-    with ended_by_sigterm(), bind(settings.host, settings.port) as listener:
-        engine = build_engine(settings, end)
+    with bind(settings.host, settings.port) as listener:
+        engine = build_engine(settings, end, end_if_signalled)
         try:
+            end_if_signalled()
             drain = Drain()
             application = create_app(settings, engine, drain)
         except BaseException:
@@ -125,8 +133,13 @@ def serve(**flags: Any) -> None:
         )
 
 
-def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> "Engine":
-    """The engine that `settings` ask for, ready to generate. `on_fatal` is called when it has given up.
+def build_engine(
+    settings: Settings,
+    on_fatal: Callable[[str], None] | None = None,
+    before_loading: Callable[[], None] = lambda: None,
+) -> "Engine":
+    """The engine that `settings` ask for, ready to generate. `on_fatal` is called when it has given up, and
+    `before_loading` where nothing but modules has been loaded.
 
     Raises:
         NeuronTuneError: the model, the mask, or the two together cannot be served.
@@ -162,15 +175,18 @@ def build_engine(settings: Settings, on_fatal: Callable[[str], None] | None = No
         "on_fatal": on_fatal or leave_it,
     }
     if settings.engine == "vllm":
-        return _vllm_engine(settings, model, mask, common)
+        return _vllm_engine(settings, model, mask, common, before_loading)
     from server.engines.transformers import TransformersEngine
 
+    before_loading()
     return TransformersEngine(
         model, mask, cuda_graphs=settings.cuda_graphs, max_failures=settings.max_engine_failures, **common
     )
 
 
-def _vllm_engine(settings: Settings, model: str, mask: Path, common: dict[str, Any]) -> "Engine":
+def _vllm_engine(
+    settings: Settings, model: str, mask: Path, common: dict[str, Any], before_loading: Callable[[], None]
+) -> "Engine":
     if find_spec("vllm") is None:
         raise SettingsError(
             "The engine 'vllm' needs vLLM, which is not installed: pip install 'neurontune[vllm]' for GPUs, "
@@ -179,6 +195,7 @@ def _vllm_engine(settings: Settings, model: str, mask: Path, common: dict[str, A
     from server.engines.vllm import VllmEngine
     from server.engines.vllm_arguments import VllmArguments
 
+    before_loading()
     arguments = VllmArguments(
         tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,

@@ -82,18 +82,29 @@ class EngineEnd:
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM raises SystemExit, so that what the block has started can be ended; by itself
-    it would end this process alone."""
+def ended_by_signals() -> Iterator[Callable[[], None]]:
+    """Within the block SIGTERM raises SystemExit and Ctrl-C KeyboardInterrupt, so that what the block has
+    started can be ended.
+
+    Python drops what is raised within a finalizer or a callback of its own; it runs some at every import.
+    Gives what raises it again, to be called where nothing is under way.
+    """
+    signalled: list[BaseException] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        signalled.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise signalled[-1]
 
-    before = signal.signal(signal.SIGTERM, end)
+    def raise_again() -> None:
+        if signalled:
+            raise signalled[-1]
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield raise_again
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(

@@ -161,7 +161,10 @@ class VllmEngine(TokenizingEngine):
             self._waited_for(self._prepared_workers(loaded_mask))
         except BaseException:
             self._why_ended = "the engine could not start"
-            self._end()
+            # On a thread that the process waits for: a second Ctrl-C would leave vLLM's processes behind.
+            end = threading.Thread(target=self._end, name="vllm-end")
+            end.start()
+            end.join()
             raise
         self._info = EngineInfo(
             model_id=served_model_name,

@@ -152,3 +152,44 @@ def test_connections_without_a_whole_request_are_closed_in_time() -> None:
 KEEP_ALIVE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 # Answered before its body is there, of which half comes.
 UNREAD = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\nhalf"
+
+
+LOST = """
+import signal
+import sys
+
+from server.cli import app
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(getattr(signal, sys.argv[1]))
+
+class DuringAnImport:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[2]:
+            Finalized()
+
+sys.meta_path.insert(0, DuringAnImport())
+app(["serve", "--port", "0", *sys.argv[3:]])
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        pytest.param(
+            "server.engines.transformers", ("--model", "/no", "--mask", "/no"), id="before a model is loaded"
+        ),
+        pytest.param("server.tracing", ("--engine", "fake"), id="after the engine has been made"),
+    ],
+)
+def test_a_signal_that_python_drops_while_it_imports_ends_the_server_nevertheless(
+    how: str, code: int, module: str, flags: tuple[str, ...]
+) -> None:
+    """What is no model would end it with another code, and a server that is up never."""
+    command = [sys.executable, "-c", LOST, how, module, *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "Exception ignored in" in ended.stderr
+    assert ended.returncode == code, ended.stderr
+    assert "address" not in ended.stdout

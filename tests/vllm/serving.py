@@ -1,11 +1,12 @@
 """`neurontune serve --engine vllm` as a process of its own, leader of a process group as in a terminal."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class Served:
 
 @contextmanager
 def starting(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The demo model on vLLM, not yet ready, and the file that its errors go to. It is killed with the
-    `with`."""
+    """The demo model on vLLM, not yet ready, and the file that its errors go to. Its process group is killed
+    with the `with`: processes of vLLM's that it had left behind would keep its output open for ever."""
     command = [sys.executable, "-m", "server", "serve", "--engine", "vllm", "--port", "0", *flags]
     log = folder / "server.log"
     with log.open("w") as errors:
@@ -52,8 +53,9 @@ def starting(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str],
     try:
         yield process, log
     finally:
-        process.kill()
-        process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=END_SECONDS)
 
 
 @contextmanager
