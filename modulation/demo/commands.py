@@ -26,6 +26,7 @@ from modulation.demo.scorecard import Scorecard, score, scorecard_records
 from modulation.demo.topics import Kind, Split
 from modulation.demo.training import Recipe, save
 from modulation.demo.training import train as train_model
+from modulation.evaluation.answer_file import data_digest
 from modulation.evaluation.answering import Answerer, transformers_answerer
 from modulation.evaluation.data import Record, write_records
 from modulation.evaluation.report import answer_table, table
@@ -205,11 +206,21 @@ def compare(
     """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
     settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
-        ours = Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0]
-        rows = list(Rivals(bench, ours, settings).rows())
+        rivals = Rivals(
+            bench, lambda: Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0], settings
+        )
+        rows = list(rivals.rows())
         _refuse_unknown_rows(only or [], [row.name for row in rows])
         rows = [row for row in rows if not only or row.name in only]
-        found = compare_rows(bench, rows, scorecard_records(split, seed), out, tqdm.write)
+        records = scorecard_records(split, seed)
+        conditions = {
+            "seed": seed,
+            "split": split,
+            "prompts": data_digest(records),
+            "mask": rivals.ours.digest,
+            "options": settings.model_dump(mode="json"),
+        }
+        found = compare_rows(bench, rows, records, out, conditions, tqdm.write)
     typer.echo(comparison_table([found]))
 
 

@@ -47,33 +47,38 @@ def compare(
     rows: Iterable[Row],
     records: Sequence[Record],
     out: Path,
+    conditions: Mapping[str, Any],
     on_row: Callable[[str], object] = lambda _name: None,
 ) -> Results:
     """Measure every row that `out` does not hold yet; `out` is written after each, so a run can go on.
 
-    Raises DataError for a file that is not one of these results, or of another seed.
+    `conditions` are plain JSON values, by name: all that rows with these names depend on.
+    Raises DataError for a file that is not one of these results, or was measured under other conditions.
     """
-    results = read_results(out, bench.seed) if out.exists() else {}
+    results = read_results(out, conditions) if out.exists() else {}
     for row in rows:
         if row.name not in results:
             on_row(row.name)
             results[row.name] = measure(bench, row, records)
-            text = json.dumps({"seed": bench.seed, "rows": results}, indent=1) + "\n"
+            text = json.dumps({"conditions": conditions, "rows": results}, indent=1) + "\n"
             write_whole(out, text.encode())
     return results
 
 
-def read_results(path: Path, seed: int | None = None) -> Results:
-    """The rows of a results file. Raises DataError for other contents, and for another seed."""
+def read_results(path: Path, conditions: Mapping[str, Any] | None = None) -> Results:
+    """The rows of a results file. Raises DataError for other contents, and for other conditions."""
     try:
         found = json.loads(path.read_text())
-        rows, of = dict(found["rows"]), found["seed"]
+        rows, held = dict(found["rows"]), dict(found["conditions"])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no comparison ({error}). Delete it or name another file.") from error
-    if seed is not None and of != seed:
-        raise DataError(f"{path} holds the comparison of seed {of}, not {seed}. Name another file.")
+    for name, value in (conditions or {}).items():
+        if held.get(name) != value:
+            raise DataError(
+                f"{path} holds a comparison with {name} {held.get(name)}, not {value}. Name another file."
+            )
     return rows
 
 

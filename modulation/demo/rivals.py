@@ -75,10 +75,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Rivals:
-    """All rows for one seed. `ours` is the mask made with the same seed."""
+    """All rows for one seed. `make_ours` gives the mask of the same seed, when a row first needs it."""
 
     bench: Bench
-    ours: Mask
+    make_ours: Callable[[], Mask]
     settings: TuningSettings
     _fixed_choices: dict[str, Fixed] = field(default_factory=dict, init=False, repr=False)
 
@@ -86,8 +86,7 @@ class Rivals:
         """Ours first, controls, then rivals."""
         yield Row("no change", "base", lambda: (nullcontext, ""))
         for level in (SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY):
-            threshold = self.ours.levels.named[level]
-            yield Row(f"NeuronTune, {level}", "ours", lambda t=threshold: self._at(self.ours, t))  # type: ignore[misc]
+            yield Row(f"NeuronTune, {level}", "ours", lambda level=level: self._at_level(level))  # type: ignore[misc]
         yield Row("plain risk minimisation, all neurons", "control", self._by_risk)
         yield Row("NeuronTune, all neurons", "ours", lambda: self._at(self.ours, whole(self.ours)))
         yield Row("attributed neurons, not pruned", "control", self._not_pruned)
@@ -99,6 +98,13 @@ class Rivals:
             yield Row(name, "rival", lambda name=name: self._fixed(name))  # type: ignore[misc]
         yield Row("steering vector", "rival", self._steering)
         yield Row("whole layers scaled", "rival", self._layers)
+
+    @cached_property
+    def ours(self) -> Mask:
+        return self.make_ours()
+
+    def _at_level(self, level: str) -> tuple[Applied, str]:
+        return self._at(self.ours, self.ours.levels.named[level])
 
     def _at(self, mask: Mask, threshold: Threshold) -> tuple[Applied, str]:
         modulator = Modulator(self.bench.model, mask)

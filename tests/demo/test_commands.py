@@ -83,8 +83,11 @@ def test_evaluate_refuses_a_folder_without_a_model(tmp_path) -> None:  # type: i
     assert "config.json" in result.output
 
 
-def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
-    arguments = ["--mask", str(MASK_FILE), "--only", "no change", "--only", "steering"]
+def test_compare_refuses_a_row_that_there_is_not_before_it_makes_a_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("modulation.demo.commands.make_mask")
+    arguments = ["--only", "no change", "--only", "steering"]
     result = CliRunner().invoke(app, ["compare", *arguments, "--out", str(tmp_path / "out.json")])
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
     told = " ".join(result.output.replace("│", " ").split())
