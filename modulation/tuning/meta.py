@@ -84,7 +84,8 @@ def learn(
 def adapt(
     objective: Objective, tasks: Tasks, start: Tensor, *, seed: int = 0, num_steps: int, rate: float
 ) -> Tensor:
-    """The inner loop alone: `num_steps` gradient steps from `start` on prompts of these tasks.
+    """Inner steps alone: `num_steps` gradient steps from `start` against the attacks of these tasks, which
+    hold to what the start does with all other prompts (`Objective.held`).
 
     Every step sees all attacked prompts that there are (up to the support size) at the anchors.
     """
@@ -93,7 +94,10 @@ def adapt(
         for step in range(num_steps):
             source = random.Random(f"{seed}/adapt/{step}")
             support = tasks.sample(source, objective.settings.support_size, objective.aims)
-            _, gradient = _loss_and_gradient(objective, parameters.detach().requires_grad_(), support)
+            with torch.no_grad():
+                before = objective(start, support).margins
+            point = parameters.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(objective.held(point, support, before), point)
             parameters = objective.shape.within_bounds(parameters - rate * gradient)
     return parameters
 

@@ -49,18 +49,18 @@ class TuningSettings(BaseModel):
     rate: Positive = 0.1
     bound: float = Field(default=32.0, gt=1, le=1e4, allow_inf_nan=False)
     group_size: int = Field(default=1, ge=1)
-    validate_every: int = Field(default=45, ge=1)
+    validate_every: int = Field(default=90, ge=1)
     patience: int = Field(default=4, ge=1)
     validation_size: int = Field(default=120, ge=1)
     prune_shares: Shares = ()
     prune_steps: int = Field(default=30, ge=1)
 
-    attacked_margin: float = 5.0
+    attacked_margin: float = 2.0
     harmful_margin: float = 5.0
     borderline_margin: float = 3.0
     benign_margin: float = 4.0
 
-    attacked_weight: Weight = 5.0
+    attacked_weight: Weight = 10.0
     attacked_weight_low: Weight = 0.3
     borderline_weight: Weight = 3.0
     borderline_weight_low: Weight = 3.0
@@ -69,6 +69,7 @@ class TuningSettings(BaseModel):
     likelihood_weight: Weight = 0.6
     divergence_weight: Weight = 12.0
     shrinkage: Weight = 0.002
+    held_weight: Weight = 10.0
 
     @classmethod
     def parse(cls, given: Sequence[str], base: Mapping[str, Any] | None = None) -> Self:

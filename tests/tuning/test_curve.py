@@ -39,16 +39,17 @@ def chosen(*points: Point, off: Point = OFF, less_safe: bool = False) -> list[tu
     return [(each.threshold.num_safety, each.threshold.num_utility) for each in levels.values()]
 
 
-def test_security_critical_is_the_least_asr_within_sixteen_points_of_over_refusal() -> None:
+def test_security_critical_is_the_least_asr_within_ten_points_of_over_refusal() -> None:
     rest = [point(2, 2, 0.3, 0.2), point(3, 2, 0.5, 0.1)]
-    assert chosen(point(9, 2, 0.1, 0.36), point(10, 2, 0.0, 0.37), *rest)[0] == (9, 2)
+    levels = chosen(point(9, 2, 0.1, 0.30), point(10, 2, 0.0, 0.31), *rest)
+    assert levels == [(9, 2), (2, 2), (3, 2)]
 
 
-def test_balanced_is_the_best_harmonic_mean_that_refuses_no_more_than_off() -> None:
+def test_balanced_is_the_best_harmonic_mean_within_two_points_of_over_refusal() -> None:
     assert chosen(
         point(9, 2, 0.1, 0.28),
-        point(8, 2, 0.2, 0.21),  # refuses more than off
-        point(7, 2, 0.3, 0.20),  # 2 * 0.7 * 0.8 / 1.5 = 0.747
+        point(8, 2, 0.2, 0.23),  # refuses 3 points more than off
+        point(7, 2, 0.3, 0.22),  # 2 * 0.7 * 0.78 / 1.48 = 0.738
         point(6, 2, 0.4, 0.05),  # 2 * 0.6 * 0.95 / 1.55 = 0.735
         point(5, 2, 0.5, 0.0),
     ) == [(9, 2), (7, 2), (5, 2)]
@@ -137,7 +138,7 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    assert all(words in RULE for words in ("1 point below", "12 points above", "0.7 times"))
+    assert all(words in RULE for words in ("1 point below", "10 points above", "2 points above", "0.7 times"))
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
