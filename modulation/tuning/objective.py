@@ -86,19 +86,6 @@ class Objective:
             sizes={name: size for name, (_, size) in means.items()},
         )
 
-    def held(self, parameters: Tensor, drawn: Drawn, before: Tensor) -> Tensor:
-        """The loss of adaptation, float32 (): attacks are resisted and answers stay whole as ever, but all
-        other prompts' refusal margins are only held to those `before`, float32 (prompts,): not above them
-        where help is right, not below them where refusal is."""
-        seen = self(parameters, drawn)
-        wrong_way = torch.tensor(
-            [0.0 if each.kind == "attacked" else 1.0 if each.is_helpful else -1.0 for each in drawn.prompts],
-            device=before.device,
-        )
-        moved = (wrong_way * (seen.margins - before)).relu()[wrong_way != 0]
-        kept = [seen.terms[name] for name in ("attacked", "divergence", "shrinkage") if name in seen.terms]
-        return torch.stack([*kept, self.settings.held_weight * moved.mean()]).sum()
-
     def _answers(self, prompts: Sequence[Prompt], thresholds: Sequence[Threshold]) -> AnswerTokens:
         with self.modulator.applied(thresholds) as model:
             return answer_tokens(model, [each.forced for each in prompts])

@@ -69,7 +69,6 @@ class TuningSettings(BaseModel):
     likelihood_weight: Weight = 0.6
     divergence_weight: Weight = 12.0
     shrinkage: Weight = 0.002
-    held_weight: Weight = 10.0
 
     @classmethod
     def parse(cls, given: Sequence[str], base: Mapping[str, Any] | None = None) -> Self:
