@@ -84,28 +84,17 @@ def learn(
 def adapt(
     objective: Objective, tasks: Tasks, start: Tensor, *, seed: int = 0, num_steps: int, rate: float
 ) -> Tensor:
-    """`num_steps` gradient steps from `start` against the attacks of these tasks, at no other prompt's cost.
+    """The inner loop alone: `num_steps` gradient steps from `start` on prompts of these tasks.
 
-    A step goes down the loss of attacked prompts alone; where that would raise the loss of all other terms,
-    it goes at a right angle to that loss's gradient instead (A-GEM, arXiv 1812.00420). Every step sees all
-    attacked prompts that there are (up to the support size) at the anchors.
+    Every step sees all attacked prompts that there are (up to the support size) at the anchors.
     """
     parameters = start
     with frozen(objective.modulator.model):
         for step in range(num_steps):
             source = random.Random(f"{seed}/adapt/{step}")
             support = tasks.sample(source, objective.settings.support_size, objective.aims)
-            point = parameters.detach().requires_grad_()
-            seen = objective(point, support)
-            attacked, borderline = seen.terms["attacked"], seen.terms["borderline"]
-            kept = (borderline, seen.loss - attacked - borderline)
-            (wanted,) = torch.autograd.grad(attacked, point, retain_graph=True)
-            others = [torch.autograd.grad(each, point, retain_graph=True)[0] for each in kept]
-            for other in others * 3:
-                conflict = torch.dot(wanted, other)
-                if conflict < 0:
-                    wanted = wanted - conflict / torch.dot(other, other) * other
-            parameters = objective.shape.within_bounds(parameters - rate * wanted)
+            _, gradient = _loss_and_gradient(objective, parameters.detach().requires_grad_(), support)
+            parameters = objective.shape.within_bounds(parameters - rate * gradient)
     return parameters
 
 
