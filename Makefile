@@ -107,7 +107,7 @@ $(MASKS): $(REPRODUCED)/mask-%.safetensors: $(DEMO_MODEL)/config.json
 
 $(COMPARISONS): $(REPRODUCED)/comparison-%.done: $(REPRODUCED)/mask-%.safetensors
 	test $(@:.done=.json) -nt $< || rm -f $(@:.done=.json)
-	$(BIN)/neurontune demo compare --model $(DEMO_MODEL) --mask $< --seed $* --out $(@:.done=.json)
+	$(BIN)/neurontune demo compare --model $(DEMO_MODEL) --mask $< --out $(@:.done=.json)
 	touch $@
 
 $(REPRODUCED)/comparison.md: $(COMPARISONS)

@@ -20,7 +20,7 @@ BORDERLINE_KIND=${BORDERLINE_KIND:-}
 OUT=${OUT:-build/real-model}
 REFUSAL=${REFUSAL:-}
 
-TUNING_ATTACKS=${TUNING_ATTACKS:-override,persona,hypothetical,format_request,opener,grandmother,classroom,code_comment,emotion,query,shell,mail,threat,urgency,crowd,verse,distraction,survey,obedience,transcript,form,table,settings_file,log}
+TUNING_ATTACKS=${TUNING_ATTACKS:-override,persona,hypothetical,format_request,opener,grandmother,classroom,code_comment,emotion,query,shell,mail,threat,urgency,crowd,verse,distraction,survey,obedience,notebook,blanks,spreadsheet,patch,typesetting}
 VALIDATION_ATTACKS=${VALIDATION_ATTACKS:-authority,puzzle,few_shot,warning_label,markup,translation,flattery}
 TEST_ATTACKS=${TEST_ATTACKS:-fiction,foreign,no_apology,json,debate,reward,noise_suffix}
 VALIDATION_SHARE=${VALIDATION_SHARE:-0.33}

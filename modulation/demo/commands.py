@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare as compare_rows
-from modulation.demo.comparison import comparison_table, read_results, save_plot
+from modulation.demo.comparison import comparison_table, read_comparable, save_plot
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import adaptation_table, adaptations
 from modulation.demo.masking import PRUNED, Bench, make_mask
@@ -192,24 +192,20 @@ def answers(
 def compare(
     model: DemoModel = MODEL_DIR,
     mask_file: Annotated[
-        Path | None,
-        typer.Option("--mask", help="A mask that `demo mask` made with this seed; made if left out."),
-    ] = None,
-    seed: PromptSeed = 0,
+        Path, typer.Option("--mask", help="A mask that `demo mask` made; its seed and settings are used.")
+    ] = MASK_FILE,
     split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
-    option: TuningOptions = None,
     only: Annotated[list[str] | None, typer.Option(help="Only rows of this name; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="Results file; what it holds is not measured again.")] = Path(
         "comparison.json"
     ),
 ) -> None:
     """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
-    settings = TuningSettings.parse(option or [], PRUNED)
+    ours = Mask.load(mask_file)
+    settings, seed = settings_to_adapt(ours, []), _tuning_seed(ours, mask_file)
     with _bench(model, seed) as bench:
-        rivals = Rivals(
-            bench, lambda: Mask.load(mask_file) if mask_file else make_mask(bench, settings)[0], settings
-        )
-        rows = list(rivals.rows())
+        ours.verify(bench.model)
+        rows = list(Rivals(bench, ours, settings).rows())
         _refuse_unknown_rows(only or [], [row.name for row in rows])
         rows = [row for row in rows if not only or row.name in only]
         records = scorecard_records(split, seed)
@@ -217,11 +213,21 @@ def compare(
             "seed": seed,
             "split": split,
             "prompts": data_digest(records),
-            "mask": rivals.ours.digest,
-            "options": settings.model_dump(mode="json"),
+            "mask": ours.digest,
+            "settings": settings.model_dump(mode="json"),
         }
         found = compare_rows(bench, rows, records, out, conditions, tqdm.write)
     typer.echo(comparison_table([found]))
+
+
+def _tuning_seed(mask: Mask, path: Path) -> int:
+    seed = mask.metadata.seeds.get("tuning")
+    if seed is None:
+        raise typer.BadParameter(
+            f"{path} does not say by what seed it was tuned; `neurontune demo mask` makes masks that do.",
+            param_hint="--mask",
+        )
+    return int(seed)
 
 
 def _refuse_unknown_rows(asked: list[str], names: list[str]) -> None:
@@ -238,7 +244,7 @@ def compared(
 ) -> None:
     """Print the table of several comparisons: means over the seeds, ranges and intervals."""
     refuse_unwritable({"--plot": plot})
-    runs = [read_results(file) for file in files]
+    runs = read_comparable(files)
     typer.echo(comparison_table(runs))
     if plot is not None:
         save_plot(runs, plot)

@@ -20,6 +20,8 @@ from modulation.evaluation.metrics import Rate, evaluate_answers, rate_of_counts
 from modulation.evaluation.perplexity import perplexity
 from modulation.evaluation.report import percent
 
+OF_A_SEED: Final = ("seed", "prompts", "mask")
+"""The conditions in which comparisons that are put together may differ."""
 METRICS: Final = ("asr", "over_refusal", "benign_correct", "refusal_plain")
 _LOOKS: Final = {
     "base": ("#444444", "X"),
@@ -55,7 +57,7 @@ def compare(
     `conditions` are plain JSON values, by name: all that rows with these names depend on.
     Raises DataError for a file that is not one of these results, or was measured under other conditions.
     """
-    results = read_results(out, conditions) if out.exists() else {}
+    results = _read(out, conditions)[0] if out.exists() else {}
     for row in rows:
         if row.name not in results:
             on_row(row.name)
@@ -65,8 +67,20 @@ def compare(
     return results
 
 
-def read_results(path: Path, conditions: Mapping[str, Any] | None = None) -> Results:
-    """The rows of a results file. Raises DataError for other contents, and for other conditions."""
+def read_comparable(paths: Sequence[Path]) -> list[Results]:
+    """The rows of results files, one a seed. Raises DataError where a file holds no results, and where one
+    was measured under other conditions than the first."""
+    runs: list[Results] = []
+    common: dict[str, Any] = {}
+    for path in paths:
+        rows, conditions = _read(path, common)
+        runs.append(rows)
+        common = {name: value for name, value in conditions.items() if name not in OF_A_SEED}
+    return runs
+
+
+def _read(path: Path, conditions: Mapping[str, Any]) -> tuple[Results, dict[str, Any]]:
+    """The rows and the conditions of a results file; the latter must hold those given."""
     try:
         found = json.loads(path.read_text())
         rows, held = dict(found["rows"]), dict(found["conditions"])
@@ -74,12 +88,19 @@ def read_results(path: Path, conditions: Mapping[str, Any] | None = None) -> Res
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no comparison ({error}). Delete it or name another file.") from error
-    for name, value in (conditions or {}).items():
-        if held.get(name) != value:
-            raise DataError(
-                f"{path} holds a comparison with {name} {held.get(name)}, not {value}. Name another file."
-            )
-    return rows
+    for name, value in _flat(conditions).items():
+        other = _flat(held).get(name)
+        if other != value:
+            raise DataError(f"{path} holds a comparison with {name} {other}, not {value}. Name another file.")
+    return rows, held
+
+
+def _flat(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, which are a mapping, by their own names, so that a difference can be told in a line."""
+    flat: dict[str, Any] = {}
+    for name, value in conditions.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def comparison_table(runs: Sequence[Results]) -> str:

@@ -75,10 +75,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Rivals:
-    """All rows for one seed. `make_ours` gives the mask of the same seed, when a row first needs it."""
+    """All rows beside one mask. The bench has the mask's seed, and `settings` are what it was tuned with."""
 
     bench: Bench
-    make_ours: Callable[[], Mask]
+    ours: Mask
     settings: TuningSettings
     _fixed_choices: dict[str, Fixed] = field(default_factory=dict, init=False, repr=False)
 
@@ -98,10 +98,6 @@ class Rivals:
             yield Row(name, "rival", lambda name=name: self._fixed(name))  # type: ignore[misc]
         yield Row("steering vector", "rival", self._steering)
         yield Row("whole layers scaled", "rival", self._layers)
-
-    @cached_property
-    def ours(self) -> Mask:
-        return self.make_ours()
 
     def _at_level(self, level: str) -> tuple[Applied, str]:
         return self._at(self.ours, self.ours.levels.named[level])

@@ -83,15 +83,22 @@ def test_evaluate_refuses_a_folder_without_a_model(tmp_path) -> None:  # type: i
     assert "config.json" in result.output
 
 
-def test_compare_refuses_a_row_that_there_is_not_before_it_makes_a_mask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("modulation.demo.commands.make_mask")
+def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
     arguments = ["--only", "no change", "--only", "steering"]
     result = CliRunner().invoke(app, ["compare", *arguments, "--out", str(tmp_path / "out.json")])
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
     told = " ".join(result.output.replace("│", " ").split())
     assert "no row is named 'steering'" in told and "steering vector" in told
+
+
+def test_compare_needs_a_mask_that_says_how_it_was_made(tmp_path: Path) -> None:
+    mask = Mask.load(MASK_FILE)
+    mask.metadata.seeds.pop("tuning")
+    mask.save(tmp_path / "mask.safetensors")
+    arguments = ["--mask", str(tmp_path / "mask.safetensors"), "--out", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, ["compare", *arguments])
+    assert result.exit_code == 2 and not (tmp_path / "out.json").exists()
+    assert "does not say by what seed it was tuned" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

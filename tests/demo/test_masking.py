@@ -10,7 +10,7 @@ import torch
 
 from modulation.attribution.base import Scores
 from modulation.demo import MASK_FILE, MODEL_DIR
-from modulation.demo.comparison import compare, comparison_table
+from modulation.demo.comparison import compare, comparison_table, read_comparable
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
 from modulation.demo.masking import ACTIVE_SHARE, PRUNED, Bench, examples
@@ -106,7 +106,7 @@ def test_the_shipped_mask_activates_at_most_two_percent_and_says_how_it_came_abo
 
 
 def test_every_method_and_rival_has_a_row(bench: Bench, mask: Mask) -> None:
-    names = [row.name for row in Rivals(bench, lambda: mask, TuningSettings()).rows()]
+    names = [row.name for row in Rivals(bench, mask, TuningSettings()).rows()]
     assert len(set(names)) == len(names)
     assert set(FIXED_METHODS) < set(names)
     assert {"no change", "steering vector", "whole layers scaled"} < set(names)
@@ -136,7 +136,7 @@ class Noting(Bench):
 def test_controls_learn_as_long_as_ours_and_are_pruned_where_they_say_so(bench: Bench, mask: Mask) -> None:
     shares = PRUNED["prune_shares"]
     noting = Noting(bench.model, bench.tokenizer)
-    rows = Rivals(noting, lambda: mask, TuningSettings(**PRUNED)).rows()
+    rows = Rivals(noting, mask, TuningSettings(**PRUNED)).rows()
     prepared = {row.name: row.prepare for row in rows if row.kind == "control" and "fixed" not in row.name}
     steps = mask.metadata.method["tuning"]["num_steps"]
     pruned, whole = (307, "maml", shares, steps), (38, "maml", (), steps + 3 * TuningSettings().prune_steps)
@@ -153,9 +153,7 @@ def test_controls_learn_as_long_as_ours_and_are_pruned_where_they_say_so(bench: 
 
 def test_random_neurons_with_our_factors_are_others_with_the_same_factors(bench: Bench, mask: Mask) -> None:
     row = next(
-        row
-        for row in Rivals(bench, lambda: mask, TuningSettings()).rows()
-        if row.name.endswith("our factors")
+        row for row in Rivals(bench, mask, TuningSettings()).rows() if row.name.endswith("our factors")
     )
     _, chosen = row.prepare()
     threshold = mask.levels.named["security-critical"]
@@ -183,19 +181,44 @@ def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> 
         return Row(name, "base", prepare)
 
     out = tmp_path / "results.json"
-    conditions = {"seed": 0, "mask": "5b"}
+    conditions = {"seed": 0, "mask": "5b", "settings": {"rate": 0.1, "bound": 32.0}}
     compare(bench, [row("one")], few(), out, conditions)
     found = compare(bench, [row("one"), row("two")], few(), out, conditions)
     assert prepared == ["one", "two"]
     assert found == json.loads(out.read_text())["rows"]
     assert found["one"]["metrics"] == found["two"]["metrics"]
     assert found["one"]["metrics"]["benign_correct"]["total"] == 2
-    for other in ({**conditions, "mask": "6c"}, {**conditions, "split": "tune"}):
-        with pytest.raises(DataError, match=r"with (mask 5b, not 6c|split None, not tune)\. Name another"):
-            compare(bench, [], few(), out, other)
+    for changes, told in (
+        ({"mask": "6c"}, "mask 5b, not 6c"),
+        ({"split": "tune"}, "split None, not tune"),
+        ({"settings": {"rate": 0.1, "bound": 8.0}}, "bound 32.0, not 8.0"),
+    ):
+        with pytest.raises(DataError, match=rf"with {told}\. Name another"):
+            compare(bench, [], few(), out, {**conditions, **changes})
     out.write_text("[]")
     with pytest.raises(DataError, match="holds no comparison"):
         compare(bench, [], few(), out, conditions)
+
+
+def test_comparisons_of_other_settings_are_not_put_together(tmp_path: Path) -> None:
+    def written(name: str, **conditions: object) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps({"conditions": conditions, "rows": {"no change": {}}}))
+        return path
+
+    files = [
+        written(
+            f"{seed}.json", seed=seed, prompts=str(seed), mask=f"m{seed}", split="tune", settings={"rate": 1}
+        )
+        for seed in (0, 1)
+    ]
+    assert read_comparable(files) == 2 * [{"no change": {}}]
+    for other, told in (
+        (written("a.json", split="heldout", settings={"rate": 1}), "a.json .* split heldout, not tune"),
+        (written("b.json", split="tune", settings={"rate": 2}), "b.json .* rate 2, not 1"),
+    ):
+        with pytest.raises(DataError, match=told):
+            read_comparable([*files, other])
 
 
 def test_the_table_gives_means_ranges_and_intervals_over_seeds() -> None:
