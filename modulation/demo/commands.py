@@ -35,7 +35,8 @@ from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
 from modulation.tuning.commands import settings_to_adapt
-from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
+from modulation.tuning.runs import AdaptationRun, settings_of
+from modulation.tuning.settings import ADAPTATION_BUDGET, ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 NOT_WRAPPED = "none"
 
@@ -202,7 +203,7 @@ def compare(
 ) -> None:
     """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
     ours = Mask.load(mask_file)
-    settings, seed = settings_to_adapt(ours, []), _tuning_seed(ours, mask_file)
+    settings, seed = TuningSettings.parse([], settings_of(ours)), _tuning_seed(ours, mask_file)
     with _bench(model, seed) as bench:
         ours.verify(bench.model)
         rows = list(Rivals(bench, ours, settings).rows())
@@ -257,15 +258,18 @@ def adapt(
     split: Annotated[Split, typer.Option(help="Whose attack families.")] = "heldout",
     steps: Annotated[int, typer.Option(min=1, help="Inner steps.")] = ADAPTATION_STEPS,
     rate: Annotated[float, typer.Option(min=0.0, help="Of an inner step.")] = ADAPTATION_RATE,
+    over_refusal_budget: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="What share more of borderline prompts may be refused.")
+    ] = ADAPTATION_BUDGET,
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
     seed: PromptSeed = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
     learned = Mask.load(mask_file)
-    settings = settings_to_adapt(learned, [])
+    run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, over_refusal_budget, seed)
     with _bench(model, seed) as bench:
-        found = adaptations(bench, learned, split, settings, steps, rate, family, tqdm.write)
+        found = adaptations(bench, learned, split, run, family, tqdm.write)
     typer.echo(adaptation_table(found))
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")

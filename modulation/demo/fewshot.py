@@ -21,7 +21,6 @@ from modulation.masks import Mask
 from modulation.modulator import Modulator
 from modulation.tuning.drafting import untouched
 from modulation.tuning.runs import AdaptationRun, adapt_mask
-from modulation.tuning.settings import TuningSettings
 
 NUM_SHOTS: Final = 12
 BORDERLINE_PER_TOPIC: Final = 4
@@ -43,9 +42,7 @@ def adaptations(
     bench: Bench,
     mask: Mask,
     split: Split,
-    settings: TuningSettings,
-    num_steps: int,
-    rate: float,
+    run: AdaptationRun,
     families: Sequence[str] | None = None,
     on_done: Callable[[str], object] = lambda _family: None,
 ) -> list[Adapted]:
@@ -55,7 +52,7 @@ def adaptations(
     for family in families or family_names("harmful", split):
         shots, rest = _parted(records("harmful", split, family, bench.seed), bench.seed)
         for start, begun in (("learned", mask), ("from scratch", untouched(mask))):
-            adapted = _adapted(bench, begun, shots, AdaptationRun(settings, num_steps, rate, bench.seed))
+            adapted = _adapted(bench, begun, shots, run)
             before, after = (_measured(bench, each, [*rest, *borderline]) for each in (begun, adapted))
             found.append(
                 Adapted(

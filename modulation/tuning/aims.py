@@ -34,7 +34,9 @@ class Aims:
 
     @property
     def anchors(self) -> tuple[Threshold, ...]:
-        """Where validation looks; the first is the whole mask."""
+        """Where validation and adaptation look; the first is the whole mask."""
+        if self.all_active:
+            return (self.maximum,)
         return tuple(
             Threshold(round(safety * self.maximum.num_safety), round(utility * self.maximum.num_utility))
             for safety, utility in ANCHOR_SHARES

@@ -17,7 +17,13 @@ from modulation.demo import DEMO
 from modulation.flags import Device, Dtype, refuse_unwritable
 from modulation.opening import model_id, open_model
 from modulation.tuning.flags import refuse_misfits
-from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
+from modulation.tuning.settings import (
+    ADAPTATION_BUDGET,
+    ADAPTATION_MARGIN,
+    ADAPTATION_RATE,
+    ADAPTATION_STEPS,
+    TuningSettings,
+)
 
 if TYPE_CHECKING:
     from modulation.attribution.scores import ScoresFile
@@ -83,6 +89,15 @@ def tune(
     rate: Annotated[
         float | None, typer.Option(help=f"With --adapt: a step's rate; left out: {ADAPTATION_RATE}.")
     ] = None,
+    over_refusal_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="With --adapt: what share of the borderline prompts may be refused beyond those that were; "
+            f"left out: {ADAPTATION_BUDGET}.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts' order and of their thresholds.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The weights' type.")] = "auto",
@@ -98,10 +113,17 @@ def tune(
         "--num-safety": num_safety,
         "--num-utility": num_utility,
     }
-    refuse_misfits(adapt, learning, {"--mask": mask, "--steps": steps, "--rate": rate})
+    adapting = {
+        "--mask": mask,
+        "--steps": steps,
+        "--rate": rate,
+        "--over-refusal-budget": over_refusal_budget,
+    }
+    refuse_misfits(adapt, learning, adapting)
     if adapt:
         assert mask is not None
-        _adapt(request, mask, steps or ADAPTATION_STEPS, ADAPTATION_RATE if rate is None else rate)
+        budget = ADAPTATION_BUDGET if over_refusal_budget is None else over_refusal_budget
+        _adapt(request, mask, steps or ADAPTATION_STEPS, ADAPTATION_RATE if rate is None else rate, budget)
     else:
         assert scores is not None
         counts = None if num_safety is None or num_utility is None else (num_safety, num_utility)
@@ -236,15 +258,16 @@ def _report(tuned: "Tuned", request: _Request, validation: Path | None) -> str:
 
 
 def settings_to_adapt(mask: "Mask", option: Sequence[str]) -> TuningSettings:
-    """The mask's own, with `option` in their place; says which of them there are no more."""
+    """The mask's own with a margin to adapt for, and `option` in their place; says which of the mask's there
+    are no more."""
     from modulation.tuning.runs import forgotten_settings, settings_of
 
     for name, value in forgotten_settings(mask).items():
         typer.echo(f"The mask was tuned with {name}={value} too, which is no option any more; left out.")
-    return TuningSettings.parse(option, settings_of(mask))
+    return TuningSettings.parse(option, {**settings_of(mask), "attacked_margin": ADAPTATION_MARGIN})
 
 
-def _adapt(request: _Request, path: Path, num_steps: int, rate: float) -> None:
+def _adapt(request: _Request, path: Path, num_steps: int, rate: float, budget: float) -> None:
     from modulation.attribution.reading import examples_of
     from modulation.evaluation.data import read_records
     from modulation.masks import Mask
@@ -258,7 +281,7 @@ def _adapt(request: _Request, path: Path, num_steps: int, rate: float) -> None:
     typer.echo(str(opened))
     mask.verify(opened.model)
     data = examples_of(records, opened, request.refusal, settings.batch_size)
-    run = AdaptationRun(settings, num_steps, rate, request.seed)
+    run = AdaptationRun(settings, num_steps, rate, budget, request.seed)
     adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, run)
     adapted.save(request.out)
     typer.echo(f"\nHow far {num_steps} steps moved the factors:\n\n{movement_table(mask, adapted)}")

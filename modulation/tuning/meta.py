@@ -82,20 +82,65 @@ def learn(
 
 
 def adapt(
-    objective: Objective, tasks: Tasks, start: Tensor, *, seed: int = 0, num_steps: int, rate: float
+    objective: Objective,
+    tasks: Tasks,
+    start: Tensor,
+    *,
+    seed: int = 0,
+    num_steps: int,
+    rate: float,
+    budget: float,
 ) -> Tensor:
-    """The inner loop alone: `num_steps` gradient steps from `start` on prompts of these tasks.
+    """At most `num_steps` steps from `start` that lower the loss of attacked prompts, and not at the cost of
+    the others. A step sees at most the support size of each kind, at the anchors in turn.
 
-    Every step sees all attacked prompts that there are (up to the support size) at the anchors.
+    A step goes down the attacked prompts' loss at a right angle to the gradient of the borderline prompts',
+    and where it would raise the loss of the rest, at a right angle to that too (as A-GEM, arXiv 1812.00420).
+    What curves is left to `budget`: a step after which borderline prompts are refused more often than at the
+    start, by a share above it, is not taken, and those that follow are half as long.
     """
     parameters = start
     with frozen(objective.modulator.model):
+        allowed = _over_refusal(objective, tasks, start) + budget
         for step in range(num_steps):
             source = random.Random(f"{seed}/adapt/{step}")
             support = tasks.sample(source, objective.settings.support_size, objective.aims)
-            _, gradient = _loss_and_gradient(objective, parameters.detach().requires_grad_(), support)
-            parameters = objective.shape.within_bounds(parameters - rate * gradient)
+            point = parameters.detach().requires_grad_()
+            gradient = _yielding(objective(point, support), point)
+            stepped = objective.shape.within_bounds(parameters - rate * gradient)
+            if _over_refusal(objective, tasks, stepped) > allowed:
+                rate /= 2
+            else:
+                parameters = stepped
     return parameters
+
+
+def _yielding(seen: Seen, point: Tensor) -> Tensor:
+    """The attacked term's gradient at `point` without what would move the borderline term, and without what
+    would raise the others together."""
+    terms = dict(seen.terms)
+    parts = terms.pop("attacked"), terms.pop("borderline"), torch.stack(list(terms.values())).sum()
+    attacked, borderline, rest = (torch.autograd.grad(part, point, retain_graph=True)[0] for part in parts)
+    attacked, rest = _without(attacked, borderline), _without(rest, borderline)
+    return _without(attacked, rest) if torch.dot(attacked, rest) < 0 else attacked
+
+
+def _without(vector: Tensor, direction: Tensor) -> Tensor:
+    """What of a vector is at a right angle to a direction."""
+    length = torch.dot(direction, direction)
+    return vector - torch.dot(vector, direction) / length * direction if length else vector
+
+
+def _over_refusal(objective: Objective, tasks: Tasks, parameters: Tensor) -> float:
+    """How likely a borderline prompt is refused, with all neurons active: the mean over all of them of the
+    refusing answer's share of the probability of both, where they part."""
+    likely = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tasks.borderline), _VALIDATION_BATCH):
+            part = tasks.borderline[start : start + _VALIDATION_BATCH]
+            drawn = Drawn(part, (objective.aims.maximum,) * len(part))
+            likely += objective(parameters, drawn).margins.sigmoid().sum().item()
+    return likely / len(tasks.borderline)
 
 
 def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int = 0) -> dict[str, float]:

@@ -28,7 +28,7 @@ from modulation.tuning.factors import FactorShape
 from modulation.tuning.meta import OUTER_LOSS, Learned, OnStep, adapt, learn
 from modulation.tuning.objective import Objective
 from modulation.tuning.pruning import NUM_BATCHES, costliest, removal_costs, with_sets
-from modulation.tuning.settings import ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
+from modulation.tuning.settings import ADAPTATION_BUDGET, ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 from modulation.tuning.stages import Stage
 from modulation.tuning.tasks import SHARES, Tasks, tasks_from
 
@@ -48,11 +48,13 @@ class TuningRun:
 
 @dataclass(frozen=True)
 class AdaptationRun:
-    """A few inner steps on the prompts of a new attack family, from the factors of a tuned mask."""
+    """A few inner steps on the prompts of a new attack family, from the factors of a tuned mask. `budget` is
+    the share of the borderline prompts, 0 to 1, that may be refused beyond those that were."""
 
     settings: TuningSettings
     num_steps: int = ADAPTATION_STEPS
     rate: float = ADAPTATION_RATE
+    budget: float = ADAPTATION_BUDGET
     seed: int = 0
 
 
@@ -165,7 +167,7 @@ def adapt_mask(
     Raises DataError for data that cannot be learned from, and for factors that the bound would change.
     """
     _refuse_out_of_bounds(mask, run.settings.bound)
-    objective = _objective(model, mask, run.settings)
+    objective = _objective(model, mask, run.settings, all_active=True)
     adapted = adapt(
         objective,
         tasks_from(data, Forcing(model, tokenizer), needs_families=False),
@@ -173,12 +175,14 @@ def adapt_mask(
         seed=run.seed,
         num_steps=run.num_steps,
         rate=run.rate,
+        budget=run.budget,
     )
     record = {
         "settings": run.settings.model_dump(),
         "families": list(data.attacked),
         "num_steps": run.num_steps,
         "rate": run.rate,
+        "over_refusal_budget": run.budget,
     }
     # What was measured of the mask does not hold for other factors.
     unmeasured = replace(mask, metadata=mask.metadata.model_copy(update={"evaluation": {}}))

@@ -13,6 +13,8 @@ from modulation.errors import DataError
 # Few-shot adaptation: how many inner steps, and how far one goes.
 ADAPTATION_STEPS: Final = 10
 ADAPTATION_RATE: Final = 0.3
+ADAPTATION_BUDGET: Final = 0.01
+ADAPTATION_MARGIN: Final = 5.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -13,7 +13,8 @@ from modulation.demo.corpus import family_names
 from modulation.demo.masking import PRUNED
 from modulation.evaluation.data import read_records
 from modulation.masks import Mask
-from modulation.tuning.settings import TuningSettings
+from modulation.tuning.runs import AdaptationRun
+from modulation.tuning.settings import ADAPTATION_MARGIN, TuningSettings
 
 FIELDS = ["id", "prompt", "kind", "family", "split", "check"]
 
@@ -105,15 +106,16 @@ def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch
     mask = Mask.load(MASK_FILE)
     mask.metadata.method["tuning"]["settings"] |= {"support_size": 7, "gone_since": 3}
     mask.save(tmp_path / "mask.safetensors")
-    given: list[TuningSettings] = []
+    given: list[AdaptationRun] = []
 
     def adaptations(*arguments: Any) -> list[Any]:
-        given.extend(each for each in arguments if isinstance(each, TuningSettings))
+        given.extend(each for each in arguments if isinstance(each, AdaptationRun))
         return []
 
     monkeypatch.setattr("modulation.demo.commands.adaptations", adaptations)
     result = CliRunner().invoke(app, ["adapt", "--mask", str(tmp_path / "mask.safetensors")])
     assert result.exit_code == 0, result.output
     assert "tuned with gone_since=3 too, which is no option any more" in result.output
-    assert [each.support_size for each in given] == [7]
-    assert given[0].prune_shares == TuningSettings.parse([], PRUNED).prune_shares
+    (settings,) = (each.settings for each in given)
+    assert settings.support_size == 7 and settings.attacked_margin == ADAPTATION_MARGIN
+    assert settings.prune_shares == TuningSettings.parse([], PRUNED).prune_shares

@@ -27,6 +27,7 @@ from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask
+from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import TuningSettings
 
 HELPFUL: tuple[Kind, ...] = ("borderline", "benign")
@@ -249,7 +250,7 @@ def test_adaptation_measures_prompts_that_it_was_not_given(
 
     monkeypatch.setattr("modulation.demo.fewshot._adapted", adapted)
     monkeypatch.setattr("modulation.demo.fewshot._measured", measured)
-    found = adaptations(bench, mask, "tune", TuningSettings(), 1, 0.1, ["emotion"])
+    found = adaptations(bench, mask, "tune", AdaptationRun(TuningSettings(), 1), ["emotion"])
     assert [each.start for each in found] == ["learned", "from scratch"]
     assert len({each.id for each in given}) == NUM_SHOTS and {each.family for each in given} == {"emotion"}
     assert not {each.id for each in given} & {each.id for each in asked}

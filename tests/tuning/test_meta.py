@@ -2,9 +2,11 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from modulation.checkpoints import Checkpoint
 from modulation.errors import CheckpointError
 from modulation.tuning.meta import Learned, _outer_gradient, adapt, learn, validate
 from modulation.tuning.objective import Objective
-from modulation.tuning.tasks import Tasks
+from modulation.tuning.tasks import Drawn, Tasks
 from tests.modulation.attributing import TOKENIZER, double_model
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.tuning.tuning import NUM_SAFETY, NUM_UTILITY, objective_of, tasks_of
@@ -211,15 +213,55 @@ def test_a_run_that_patience_ended_is_not_gone_on_with(model: PreTrainedModel, t
         run(model, checkpoint=Checkpoint(path, "other"))
 
 
-def test_adaptation_is_gradient_descent_on_the_prompts_at_the_anchors(model: PreTrainedModel) -> None:
-    objective, tasks, at = objective_of(model, support_size=9), tasks_of(model), start_at()
+def adapting(model: PreTrainedModel, **changes: Any) -> Objective:
+    """As the inner loop is run alone: every prompt at all neurons."""
+    objective = objective_of(model, **changes)
+    return replace(objective, aims=replace(objective.aims, all_active=True))
+
+
+def test_a_step_of_adaptation_lowers_the_attacked_term_at_right_angles_to_what_may_not_rise(
+    model: PreTrainedModel,
+) -> None:
+    objective, tasks, at = adapting(model, support_size=9), tasks_of(model), start_at()
     drawn = tasks.sample(random.Random("0/adapt/0"), 9, objective.aims)
     assert len(drawn.prompts) == 5 + 3 + 2 + 2, "all there are"
+    assert set(drawn.thresholds) == {objective.aims.maximum}
     point = at.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective(point, drawn).loss, point)
-    found = adapt(objective, tasks, at, num_steps=1, rate=0.2)
-    torch.testing.assert_close(found, at - 0.2 * gradient, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(adapt(objective, tasks, at, num_steps=2, rate=0.2), found)
+    terms = objective(point, drawn).terms
+    gradients = {
+        name: torch.autograd.grad(term, point, retain_graph=True)[0].double().numpy()
+        for name, term in terms.items()
+    }
+    attacked, borderline = gradients.pop("attacked"), gradients.pop("borderline")
+    rest = np.sum(list(gradients.values()), axis=0)
+    found = adapt(objective, tasks, at, num_steps=1, rate=0.2, budget=1.0)
+    step = (at - found).double().numpy() / 0.2
+    tolerance = 1e-4 * np.linalg.norm(attacked)
+    assert abs(step @ borderline) < tolerance * np.linalg.norm(borderline)
+    assert step @ rest > -tolerance * np.linalg.norm(rest)
+    assert step @ attacked > 0.01 * np.linalg.norm(attacked) ** 2
+    # What was taken away is nothing but those two directions.
+    spanned = np.stack([borderline, rest], axis=1)
+    _, residual, *_ = np.linalg.lstsq(spanned, attacked - step, rcond=None)
+    assert residual < tolerance**2
+    assert not torch.equal(adapt(objective, tasks, at, num_steps=2, rate=0.2, budget=1.0), found)
+
+
+def test_steps_beyond_the_budget_of_refused_borderline_prompts_are_not_taken(model: PreTrainedModel) -> None:
+    objective = adapting(model, support_size=9, attacked_margin=9.0)
+    tasks, at = tasks_of(model), start_at(2)
+
+    def refused(parameters: Tensor) -> float:
+        drawn = Drawn(tasks.borderline, (objective.aims.maximum,) * len(tasks.borderline))
+        with torch.no_grad():
+            margins = objective(parameters, drawn).margins.double().numpy()
+        return float(np.mean(1 / (1 + np.exp(-margins))))
+
+    before = refused(at)
+    free = adapt(objective, tasks, at, num_steps=4, rate=1.0, budget=1.0)
+    assert refused(free) > before + 0.02, "or this shows nothing"
+    held = adapt(objective, tasks, at, num_steps=4, rate=1.0, budget=0.01)
+    assert before + 0.0101 > refused(held) and not torch.equal(held, at)
 
 
 @pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])

@@ -125,7 +125,8 @@ def test_adaptation_starts_from_the_masks_factors_and_drops_what_was_measured() 
     np.testing.assert_allclose(still.safety.factors, mask.safety.factors, rtol=1e-5)
     assert still.metadata.evaluation == {} and still.metadata.levels == mask.metadata.levels
     record = still.metadata.method["adaptation"]
-    assert record["num_steps"] == 1 and record["rate"] == 1e-9 and record["families"] == ["please", "two"]
+    assert record["families"] == ["please", "two"] and record["over_refusal_budget"] == 0.01
+    assert record["num_steps"] == 1 and record["rate"] == 1e-9
     assert record["settings"] == settings().model_dump()
     assert still.metadata.data_digests["adaptation"] == digest(DATA)
     assert "tuning" in still.metadata.method and still.metadata.seeds["adaptation"] == 0
