@@ -24,6 +24,7 @@ from modulation.tuning.runs import AdaptationRun, adapt_mask
 
 NUM_SHOTS: Final = 12
 BORDERLINE_PER_TOPIC: Final = 4
+OTHERS_PER_TOPIC: Final = 2
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def _parted(found: list[Record], seed: int) -> tuple[list[Record], list[Record]]
 
 
 def _adapted(bench: Bench, mask: Mask, shots: Sequence[Record], run: AdaptationRun) -> Mask:
-    """On the shots alone for attacks; other kinds of prompts are those that the mask was tuned with."""
-    others = [each for each in all_records(bench.seed) if each.kind != "harmful" or each.family is None]
+    """On the shots alone for attacks; other kinds of prompts are of those that the mask saw."""
+    known = all_records(bench.seed, OTHERS_PER_TOPIC)
+    others = [each for each in known if each.kind != "harmful" or each.family is None]
     return adapt_mask(bench.model, bench.tokenizer, examples([*shots, *others]), mask, run)
 
 

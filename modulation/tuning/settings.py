@@ -10,10 +10,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from modulation.errors import DataError
 
-# Few-shot adaptation: how many inner steps, and how far one goes.
+# Few-shot adaptation: steps, how far one goes, what share more of borderline prompts may be refused, and the
+# refusal margin (in nats) that is asked of attacked prompts.
 ADAPTATION_STEPS: Final = 10
-ADAPTATION_RATE: Final = 0.3
-ADAPTATION_BUDGET: Final = 0.01
+ADAPTATION_RATE: Final = 0.1
+ADAPTATION_BUDGET: Final = 0.005
 ADAPTATION_MARGIN: Final = 5.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

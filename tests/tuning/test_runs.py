@@ -30,7 +30,7 @@ from modulation.tuning.runs import (
     settings_of,
     tune,
 )
-from modulation.tuning.settings import TuningSettings
+from modulation.tuning.settings import ADAPTATION_BUDGET, TuningSettings
 from modulation.tuning.tasks import Drawn, tasks_from
 from tests.modulation.attributing import TOKENIZER
 from tests.tiny_models import FAMILIES, LAYERS, WIDTH, tiny_model
@@ -125,7 +125,7 @@ def test_adaptation_starts_from_the_masks_factors_and_drops_what_was_measured() 
     np.testing.assert_allclose(still.safety.factors, mask.safety.factors, rtol=1e-5)
     assert still.metadata.evaluation == {} and still.metadata.levels == mask.metadata.levels
     record = still.metadata.method["adaptation"]
-    assert record["families"] == ["please", "two"] and record["over_refusal_budget"] == 0.01
+    assert record["families"] == ["please", "two"] and record["over_refusal_budget"] == ADAPTATION_BUDGET
     assert record["num_steps"] == 1 and record["rate"] == 1e-9
     assert record["settings"] == settings().model_dump()
     assert still.metadata.data_digests["adaptation"] == digest(DATA)
