@@ -129,8 +129,9 @@ def _redone(bench: Bench, settings: TuningSettings, trial: Mask) -> Mask:
             "method": {
                 **final.metadata.method,
                 "rule": trial.metadata.method["rule"],
-                "chosen": "steps and levels on the validation part, with neurons and factors of the learning "
-                "part; those in the mask are attributed and learned anew on all of the tune split",
+                "chosen": "levels, and of several validations the best step, on the validation part, with "
+                "neurons and factors of the learning part; those in the mask are attributed and learned anew "
+                "on all of the tune split",
                 "validation": trial.metadata.method["tuning"],
             },
             "data_digests": {**trial.metadata.data_digests, **final.metadata.data_digests},

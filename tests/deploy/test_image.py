@@ -23,6 +23,9 @@ from tests.deploy.tools import ROOT, UID, assigned, output, run, stages, tool
 BUILD_SECONDS = 600
 START_SECONDS = 120
 
+# The first test that needs the image waits for its build.
+pytestmark = pytest.mark.timeout(2 * BUILD_SECONDS + START_SECONDS)
+
 
 def context() -> list[str]:
     """The files that Docker's builder would get."""
