@@ -116,7 +116,7 @@ $(REPRODUCED)/comparison.md: $(COMPARISONS)
 	cat $@
 
 $(ADAPTATIONS): $(REPRODUCED)/adaptation-%.json: $(REPRODUCED)/mask-%.safetensors
-	$(BIN)/neurontune demo adapt --model $(DEMO_MODEL) --mask $< --seed $* --json $@.part
+	$(BIN)/neurontune demo adapt --model $(DEMO_MODEL) --mask $< --json $@.part
 	mv $@.part $@
 
 # vLLM has bounds of its own on transformers and fastapi, so it lives in an environment of its own: here its build

@@ -34,8 +34,9 @@ from modulation.flags import refuse_unwritable
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
+from modulation.rivals.choice import RULE as LIMITS
 from modulation.tuning.commands import settings_to_adapt
-from modulation.tuning.runs import AdaptationRun, settings_of
+from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import ADAPTATION_BUDGET, ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
 NOT_WRAPPED = "none"
@@ -203,7 +204,7 @@ def compare(
 ) -> None:
     """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
     ours = Mask.load(mask_file)
-    settings, seed = TuningSettings.parse([], settings_of(ours)), _tuning_seed(ours, mask_file)
+    seed, settings = _tuned_with(ours, mask_file)
     with _bench(model, seed) as bench:
         ours.verify(bench.model)
         rows = list(Rivals(bench, ours, settings).rows())
@@ -214,21 +215,34 @@ def compare(
             "seed": seed,
             "split": split,
             "prompts": data_digest(records),
+            "model": ours.metadata.model_fingerprint,
             "mask": ours.digest,
             "settings": settings.model_dump(mode="json"),
+            "limits": asdict(LIMITS),
         }
         found = compare_rows(bench, rows, records, out, conditions, tqdm.write)
     typer.echo(comparison_table([found]))
 
 
-def _tuning_seed(mask: Mask, path: Path) -> int:
+def _tuned_with(mask: Mask, path: Path) -> tuple[int, TuningSettings]:
+    """The seed, and the settings that were asked for: the steps in those of the mask itself are the best of
+    several validations of its trial."""
+    asked = mask.metadata.method.get("validation", mask.metadata.method.get("tuning"))
+    settings = asked.get("settings") if isinstance(asked, dict) else None
     seed = mask.metadata.seeds.get("tuning")
-    if seed is None:
+    if seed is None or not isinstance(settings, dict):
         raise typer.BadParameter(
-            f"{path} does not say by what seed it was tuned; `neurontune demo mask` makes masks that do.",
+            f"{path} does not say by what seed and settings it was tuned; `neurontune demo mask` makes masks "
+            "that do.",
             param_hint="--mask",
         )
-    return int(seed)
+    if gone := ", ".join(sorted(settings.keys() - TuningSettings.model_fields.keys())):
+        raise typer.BadParameter(
+            f"{path} was tuned with {gone} too, which is no option any more, so controls could not be tuned "
+            "alike. Make it anew with `neurontune demo mask`.",
+            param_hint="--mask",
+        )
+    return int(seed), TuningSettings.parse([], settings)
 
 
 def _refuse_unknown_rows(asked: list[str], names: list[str]) -> None:
@@ -255,19 +269,26 @@ def compared(
 def adapt(
     model: DemoModel = MODEL_DIR,
     mask_file: Annotated[Path, typer.Option("--mask", help="Its mask file.")] = MASK_FILE,
-    split: Annotated[Split, typer.Option(help="Whose attack families.")] = "heldout",
-    steps: Annotated[int, typer.Option(min=1, help="Inner steps.")] = ADAPTATION_STEPS,
-    rate: Annotated[float, typer.Option(min=0.0, help="Of an inner step.")] = ADAPTATION_RATE,
-    over_refusal_budget: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="What share more of borderline prompts may be refused.")
+    split: Annotated[
+        Split, typer.Option(help="Whose attack families; of tune those of its validation part.")
+    ] = "heldout",
+    steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = ADAPTATION_STEPS,
+    rate: Annotated[float, typer.Option(min=0.0, help="Of a step.")] = ADAPTATION_RATE,
+    refusal_budget: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="By how much the mean probability of refusing a borderline prompt may rise.",
+        ),
     ] = ADAPTATION_BUDGET,
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
-    seed: PromptSeed = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
     learned = Mask.load(mask_file)
-    run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, over_refusal_budget, seed)
+    seed = _tuned_with(learned, mask_file)[0]
+    run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, refusal_budget, seed)
     with _bench(model, seed) as bench:
         found = adaptations(bench, learned, split, run, family, tqdm.write)
     typer.echo(adaptation_table(found))

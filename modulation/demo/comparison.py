@@ -57,7 +57,13 @@ def compare(
     `conditions` are plain JSON values, by name: all that rows with these names depend on.
     Raises DataError for a file that is not one of these results, or was measured under other conditions.
     """
-    results = _read(out, conditions)[0] if out.exists() else {}
+    results: Results = {}
+    if out.exists():
+        results, held = _read(out)
+        for name, (wanted, there) in _differences(conditions, held).items():
+            raise DataError(
+                f"{out} holds a comparison with {name} {there}, not {wanted}. Name another file with --out."
+            )
     for row in rows:
         if row.name not in results:
             on_row(row.name)
@@ -68,38 +74,47 @@ def compare(
 
 
 def read_comparable(paths: Sequence[Path]) -> list[Results]:
-    """The rows of results files, one a seed. Raises DataError where a file holds no results, and where one
-    was measured under other conditions than the first."""
-    runs: list[Results] = []
-    common: dict[str, Any] = {}
+    """The rows of results files, one a seed. Raises DataError where a file holds no results, where one was
+    measured under other conditions than another, and where two have one seed."""
+    read: list[tuple[Path, Results, dict[str, Any]]] = []
     for path in paths:
-        rows, conditions = _read(path, common)
-        runs.append(rows)
-        common = {name: value for name, value in conditions.items() if name not in OF_A_SEED}
-    return runs
+        rows, conditions = _read(path)
+        for other, _, theirs in read:
+            if theirs.get("seed") == conditions.get("seed"):
+                raise DataError(f"{other} and {path} are both of seed {conditions.get('seed')}. Name one.")
+            for name, (here, there) in _differences(conditions, theirs).items():
+                if name not in OF_A_SEED:
+                    raise DataError(
+                        f"{path} was measured with {name} {here}, {other} with {there}. They do not go "
+                        "together."
+                    )
+        read.append((path, rows, conditions))
+    return [rows for _, rows, _ in read]
 
 
-def _read(path: Path, conditions: Mapping[str, Any]) -> tuple[Results, dict[str, Any]]:
-    """The rows and the conditions of a results file; the latter must hold those given."""
+def _read(path: Path) -> tuple[Results, dict[str, Any]]:
+    """The rows and the conditions of a results file."""
     try:
         found = json.loads(path.read_text())
-        rows, held = dict(found["rows"]), dict(found["conditions"])
+        return dict(found["rows"]), dict(found["conditions"])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no comparison ({error}). Delete it or name another file.") from error
-    for name, value in _flat(conditions).items():
-        other = _flat(held).get(name)
-        if other != value:
-            raise DataError(f"{path} holds a comparison with {name} {other}, not {value}. Name another file.")
-    return rows, held
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Conditions, with settings by their own names, that are not the same in both; None: there is none."""
+    here, there = _flat(one), _flat(other)
+    pairs = {name: (here.get(name), there.get(name)) for name in {**here, **there}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, which are a mapping, by their own names, so that a difference can be told in a line."""
     flat: dict[str, Any] = {}
     for name, value in conditions.items():
-        flat |= value if isinstance(value, dict) else {name: value}
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{key}": each for key, each in inner.items()} or {name: value}
     return flat
 
 

@@ -1,7 +1,8 @@
 """Few-shot adaptation on the demo model: a dozen prompts of an attack family that nothing has seen.
 
-Knows the corpus, masks and inner steps. A family's prompts are parted by topic: those adapted to are not
-among those measured.
+Knows the corpus, masks and adaptation. A family's prompts are parted by topic: those adapted to are not among
+those measured. The other prompts that adaptation is given are of those that the mask was learned from: of the
+`tune` split, whose validation part is measured on, those of its learning part.
 """
 
 import random
@@ -10,8 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from modulation.demo.corpus import family_names, records
-from modulation.demo.masking import Bench, examples
-from modulation.demo.splits import all_records
+from modulation.demo.masking import TUNING_PROMPTS_PER_TOPIC, Bench, examples
+from modulation.demo.splits import (
+    VALIDATION_FAMILIES,
+    all_records,
+    learning_records,
+    validation_records,
+)
 from modulation.demo.topics import Split
 from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
@@ -24,7 +30,9 @@ from modulation.tuning.runs import AdaptationRun, adapt_mask
 
 NUM_SHOTS: Final = 12
 BORDERLINE_PER_TOPIC: Final = 4
-OTHERS_PER_TOPIC: Final = 2
+BORDERLINE_PER_VALIDATION_TOPIC: Final = 16
+OTHERS_PER_KIND: Final = 180
+"""Plain harmful, borderline and benign prompts that are given beside the dozen."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,16 @@ def adaptations(
     families: Sequence[str] | None = None,
     on_done: Callable[[str], object] = lambda _family: None,
 ) -> list[Adapted]:
-    """Every family of the split, from the learned factors and from factors of 1, at `security-critical`."""
-    borderline = records("borderline", split, None, bench.seed, BORDERLINE_PER_TOPIC)
+    """Every family of the split, from the learned factors and from factors of 1, at `security-critical`. Of
+    the `tune` split only the validation families are new, to a mask that choices are made by."""
+    borderline = _borderline(split, bench.seed)
+    others = _others(split, bench.seed)
+    every = VALIDATION_FAMILIES if split == "tune" else family_names("harmful", split)
     found = []
-    for family in families or family_names("harmful", split):
+    for family in families or every:
         shots, rest = _parted(records("harmful", split, family, bench.seed), bench.seed)
         for start, begun in (("learned", mask), ("from scratch", untouched(mask))):
-            adapted = _adapted(bench, begun, shots, run)
+            adapted = _adapted(bench, begun, [*shots, *others], run)
             before, after = (_measured(bench, each, [*rest, *borderline]) for each in (begun, adapted))
             found.append(
                 Adapted(
@@ -86,11 +97,31 @@ def _parted(found: list[Record], seed: int) -> tuple[list[Record], list[Record]]
     )
 
 
-def _adapted(bench: Bench, mask: Mask, shots: Sequence[Record], run: AdaptationRun) -> Mask:
-    """On the shots alone for attacks; other kinds of prompts are of those that the mask saw."""
-    known = all_records(bench.seed, OTHERS_PER_TOPIC)
-    others = [each for each in known if each.kind != "harmful" or each.family is None]
-    return adapt_mask(bench.model, bench.tokenizer, examples([*shots, *others]), mask, run)
+def _borderline(split: Split, seed: int) -> list[Record]:
+    """Those that over-refusal is measured on: their topics are in nothing that adaptation is given."""
+    if split != "tune":
+        return records("borderline", split, None, seed, BORDERLINE_PER_TOPIC)
+    found = validation_records(seed, BORDERLINE_PER_VALIDATION_TOPIC)
+    return [each for each in found if each.kind == "borderline"]
+
+
+def _others(split: Split, seed: int) -> list[Record]:
+    known = learning_records if split == "tune" else all_records
+    found = [
+        each
+        for each in known(seed, TUNING_PROMPTS_PER_TOPIC)
+        if each.kind != "harmful" or each.family is None
+    ]
+    source = random.Random(seed)
+    chosen = []
+    for kind in ("harmful", "borderline", "benign"):
+        pool = [each for each in found if each.kind == kind]
+        chosen += source.sample(pool, min(OTHERS_PER_KIND, len(pool)))
+    return chosen
+
+
+def _adapted(bench: Bench, mask: Mask, given: Sequence[Record], run: AdaptationRun) -> Mask:
+    return adapt_mask(bench.model, bench.tokenizer, examples(given), mask, run)
 
 
 def _measured(bench: Bench, mask: Mask, prompts: Sequence[Record]) -> Any:

@@ -14,12 +14,14 @@ import typer
 from tqdm import tqdm
 
 from modulation.demo import DEMO
+from modulation.errors import DataError
 from modulation.flags import Device, Dtype, refuse_unwritable
 from modulation.opening import model_id, open_model
 from modulation.tuning.flags import refuse_misfits
 from modulation.tuning.settings import (
     ADAPTATION_BUDGET,
     ADAPTATION_MARGIN,
+    ADAPTATION_OPTIONS,
     ADAPTATION_RATE,
     ADAPTATION_STEPS,
     TuningSettings,
@@ -89,12 +91,12 @@ def tune(
     rate: Annotated[
         float | None, typer.Option(help=f"With --adapt: a step's rate; left out: {ADAPTATION_RATE}.")
     ] = None,
-    over_refusal_budget: Annotated[
+    refusal_budget: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             max=1.0,
-            help="With --adapt: what share of the borderline prompts may be refused beyond those that were; "
+            help="With --adapt: by how much the mean probability of refusing a borderline prompt may rise; "
             f"left out: {ADAPTATION_BUDGET}.",
         ),
     ] = None,
@@ -117,12 +119,12 @@ def tune(
         "--mask": mask,
         "--steps": steps,
         "--rate": rate,
-        "--over-refusal-budget": over_refusal_budget,
+        "--refusal-budget": refusal_budget,
     }
     refuse_misfits(adapt, learning, adapting)
     if adapt:
         assert mask is not None
-        budget = ADAPTATION_BUDGET if over_refusal_budget is None else over_refusal_budget
+        budget = ADAPTATION_BUDGET if refusal_budget is None else refusal_budget
         _adapt(request, mask, steps or ADAPTATION_STEPS, ADAPTATION_RATE if rate is None else rate, budget)
     else:
         assert scores is not None
@@ -259,12 +261,21 @@ def _report(tuned: "Tuned", request: _Request, validation: Path | None) -> str:
 
 def settings_to_adapt(mask: "Mask", option: Sequence[str]) -> TuningSettings:
     """The mask's own with a margin to adapt for, and `option` in their place; says which of the mask's there
-    are no more."""
+    are no more. Raises DataError for options that adaptation does not go by."""
     from modulation.tuning.runs import forgotten_settings, settings_of
 
+    for each in option:
+        if (name := each.split("=")[0]) in TuningSettings.model_fields and name not in ADAPTATION_OPTIONS:
+            raise DataError(
+                f"Option {each!r} does not go with --adapt, which has --steps, --rate and --refusal-budget; "
+                f"accepted: {', '.join(ADAPTATION_OPTIONS)}."
+            )
     for name, value in forgotten_settings(mask).items():
         typer.echo(f"The mask was tuned with {name}={value} too, which is no option any more; left out.")
-    return TuningSettings.parse(option, {**settings_of(mask), "attacked_margin": ADAPTATION_MARGIN})
+    own = settings_of(mask)
+    # A weight of 0, which tuning may have, would leave no direction to keep to.
+    margin = max(ADAPTATION_MARGIN, own.get("attacked_margin", 0.0))
+    return TuningSettings.parse(option, {**own, "attacked_margin": margin, "borderline_weight": 1.0})
 
 
 def _adapt(request: _Request, path: Path, num_steps: int, rate: float, budget: float) -> None:
@@ -284,5 +295,14 @@ def _adapt(request: _Request, path: Path, num_steps: int, rate: float, budget: f
     run = AdaptationRun(settings, num_steps, rate, budget, request.seed)
     adapted = adapt_mask(opened.model, opened.tokenizer, data, mask, run)
     adapted.save(request.out)
-    typer.echo(f"\nHow far {num_steps} steps moved the factors:\n\n{movement_table(mask, adapted)}")
+    taken, (before, after) = (
+        adapted.metadata.method["adaptation"][name] for name in ("num_steps", "refusal_of_borderline")
+    )
+    typer.echo(
+        f"\nTook {taken} of {num_steps} steps. A refusal of the borderline prompts, all neurons active, was "
+        f"probable by {before:.3f}, now by {after:.3f} (mean; --refusal-budget {budget:g})."
+    )
+    if taken < num_steps:
+        typer.echo("The others went beyond the budget: a smaller --rate or a larger budget takes more.")
+    typer.echo(f"\nHow far they moved the factors:\n\n{movement_table(mask, adapted)}")
     typer.echo(f"\nWrote {request.out}. Its levels are those of {path}, not measured anew.")

@@ -14,7 +14,7 @@ inner steps and draws from all families.
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -81,6 +81,17 @@ def learn(
     return state.learned(validation is not None)
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """Parameters float32 (groups,), how many steps were taken, and how probable a refusal of the borderline
+    prompts was before and is now (`_refusal`)."""
+
+    parameters: Tensor
+    num_steps: int
+    refusal_before: float
+    refusal_after: float
+
+
 def adapt(
     objective: Objective,
     tasks: Tasks,
@@ -90,29 +101,30 @@ def adapt(
     num_steps: int,
     rate: float,
     budget: float,
-) -> Tensor:
+) -> Adaptation:
     """At most `num_steps` steps from `start` that lower the loss of attacked prompts, and not at the cost of
     the others. A step sees at most the support size of each kind, at the anchors in turn.
 
     A step goes down the attacked prompts' loss at a right angle to the gradient of the borderline prompts',
     and where it would raise the loss of the rest, at a right angle to that too (as A-GEM, arXiv 1812.00420).
-    What curves is left to `budget`: a step after which borderline prompts are refused more often than at the
-    start, by a share above it, is not taken, and those that follow are half as long.
+    What curves is left to `budget`: a step after which a refusal of the borderline prompts, all of them, is
+    more probable than at the start by more than that is not taken, and those that follow are half as long.
     """
-    parameters = start
+    parameters, taken = start, 0
     with frozen(objective.modulator.model):
-        allowed = _over_refusal(objective, tasks, start) + budget
+        before = after = _refusal(objective, tasks, start)
         for step in range(num_steps):
             source = random.Random(f"{seed}/adapt/{step}")
             support = tasks.sample(source, objective.settings.support_size, objective.aims)
             point = parameters.detach().requires_grad_()
             gradient = _yielding(objective(point, support), point)
             stepped = objective.shape.within_bounds(parameters - rate * gradient)
-            if _over_refusal(objective, tasks, stepped) > allowed:
-                rate /= 2
+            reached = _refusal(objective, tasks, stepped)
+            if reached <= before + budget:
+                parameters, taken, after = stepped, taken + 1, reached
             else:
-                parameters = stepped
-    return parameters
+                rate /= 2
+    return Adaptation(parameters, taken, before, after)
 
 
 def _yielding(seen: Seen, point: Tensor) -> Tensor:
@@ -131,9 +143,11 @@ def _without(vector: Tensor, direction: Tensor) -> Tensor:
     return vector - torch.dot(vector, direction) / length * direction if length else vector
 
 
-def _over_refusal(objective: Objective, tasks: Tasks, parameters: Tensor) -> float:
-    """How likely a borderline prompt is refused, with all neurons active: the mean over all of them of the
-    refusing answer's share of the probability of both, where they part."""
+def _refusal(objective: Objective, tasks: Tasks, parameters: Tensor) -> float:
+    """How probable a refusal of a borderline prompt is, with all neurons active: the mean over all of them of
+    the refusing answer's share of the probability of both, where they part."""
+    margins_alone = objective.settings.model_copy(update={"divergence_weight": 0.0})
+    objective = replace(objective, settings=margins_alone)
     likely = 0.0
     with torch.no_grad():
         for start in range(0, len(tasks.borderline), _VALIDATION_BATCH):

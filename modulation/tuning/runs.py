@@ -48,8 +48,8 @@ class TuningRun:
 
 @dataclass(frozen=True)
 class AdaptationRun:
-    """A few inner steps on the prompts of a new attack family, from the factors of a tuned mask. `budget` is
-    the share of the borderline prompts, 0 to 1, that may be refused beyond those that were."""
+    """A few steps on the prompts of a new attack family, from the factors of a tuned mask. `budget` is by how
+    much the mean probability of refusing a borderline prompt, 0 to 1, may rise, with all neurons active."""
 
     settings: TuningSettings
     num_steps: int = ADAPTATION_STEPS
@@ -162,7 +162,8 @@ def adapt_mask(
     mask: Mask,
     run: AdaptationRun,
 ) -> Mask:
-    """The mask after `run.num_steps` inner steps on these prompts; its levels stay.
+    """The mask after at most `run.num_steps` steps on these prompts; its levels stay. Its metadata say how
+    many were taken, and how probable refusals of the borderline prompts were and are.
 
     Raises DataError for data that cannot be learned from, and for factors that the bound would change.
     """
@@ -180,14 +181,22 @@ def adapt_mask(
     record = {
         "settings": run.settings.model_dump(),
         "families": list(data.attacked),
-        "num_steps": run.num_steps,
+        "num_steps": adapted.num_steps,
+        "most_steps": run.num_steps,
         "rate": run.rate,
-        "over_refusal_budget": run.budget,
+        "refusal_budget": run.budget,
+        "refusal_of_borderline": [adapted.refusal_before, adapted.refusal_after],
     }
     # What was measured of the mask does not hold for other factors.
     unmeasured = replace(mask, metadata=mask.metadata.model_copy(update={"evaluation": {}}))
     return _with_factors(
-        unmeasured, objective.shape, adapted, "adaptation", record, {"adaptation": digest(data)}, run.seed
+        unmeasured,
+        objective.shape,
+        adapted.parameters,
+        "adaptation",
+        record,
+        {"adaptation": digest(data)},
+        run.seed,
     )
 
 

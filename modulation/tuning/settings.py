@@ -10,12 +10,29 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from modulation.errors import DataError
 
-# Few-shot adaptation: steps, how far one goes, what share more of borderline prompts may be refused, and the
-# refusal margin (in nats) that is asked of attacked prompts.
+# Few-shot adaptation: steps, how far one goes, by how much the mean probability of refusing a borderline
+# prompt may rise, and the refusal margin (in nats) that is asked of attacked prompts.
 ADAPTATION_STEPS: Final = 10
 ADAPTATION_RATE: Final = 0.1
 ADAPTATION_BUDGET: Final = 0.005
 ADAPTATION_MARGIN: Final = 5.0
+ADAPTATION_OPTIONS: Final = (
+    "support_size",
+    "batch_size",
+    "bound",
+    "group_size",
+    "attacked_margin",
+    "harmful_margin",
+    "borderline_margin",
+    "benign_margin",
+    "attacked_weight",
+    "harmful_weight",
+    "benign_weight",
+    "likelihood_weight",
+    "divergence_weight",
+    "shrinkage",
+)
+"""The options that adaptation goes by. Of borderline prompts only the direction counts, not their weight."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

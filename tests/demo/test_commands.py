@@ -1,6 +1,7 @@
 """The commands accept what they document and refuse the rest with exit code 2 and a list."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from modulation.demo.commands import app
 from modulation.demo.corpus import family_names
 from modulation.demo.masking import PRUNED
 from modulation.evaluation.data import read_records
-from modulation.masks import Mask
+from modulation.masks import Mask, MaskMetadata
 from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import ADAPTATION_MARGIN, TuningSettings
 
@@ -92,19 +93,32 @@ def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
     assert "no row is named 'steering'" in told and "steering vector" in told
 
 
-def test_compare_needs_a_mask_that_says_how_it_was_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda metadata: metadata.seeds.pop("tuning"), "does not say by what seed and settings"),
+        (lambda metadata: metadata.method["validation"].pop("settings"), "does not say by what seed"),
+        (lambda metadata: metadata.method["validation"]["settings"].update(gone=3), "tuned with gone too"),
+    ],
+    ids=["no seed", "no settings", "a setting that is no more"],
+)
+def test_compare_needs_a_mask_that_says_how_it_was_made(
+    change: Callable[[MaskMetadata], object], named: str, tmp_path: Path
+) -> None:
     mask = Mask.load(MASK_FILE)
-    mask.metadata.seeds.pop("tuning")
+    change(mask.metadata)
     mask.save(tmp_path / "mask.safetensors")
     arguments = ["--mask", str(tmp_path / "mask.safetensors"), "--out", str(tmp_path / "out.json")]
     result = CliRunner().invoke(app, ["compare", *arguments])
     assert result.exit_code == 2 and not (tmp_path / "out.json").exists()
-    assert "does not say by what seed it was tuned" in " ".join(result.output.replace("│", " ").split())
+    assert named in " ".join(result.output.replace("│", " ").split())
 
 
 def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask.load(MASK_FILE)
-    mask.metadata.method["tuning"]["settings"] |= {"support_size": 7, "gone_since": 3}
+    mask.metadata.method["tuning"]["settings"] |= {
+        **{"support_size": 7, "gone_since": 3, "attacked_margin": 2.0, "borderline_weight": 0.0}
+    }
     mask.save(tmp_path / "mask.safetensors")
     given: list[AdaptationRun] = []
 
@@ -117,5 +131,6 @@ def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch
     assert result.exit_code == 0, result.output
     assert "tuned with gone_since=3 too, which is no option any more" in result.output
     (settings,) = (each.settings for each in given)
-    assert settings.support_size == 7 and settings.attacked_margin == ADAPTATION_MARGIN
+    assert settings.support_size == 7
+    assert settings.attacked_margin == ADAPTATION_MARGIN and settings.borderline_weight == 1.0
     assert settings.prune_shares == TuningSettings.parse([], PRUNED).prune_shares

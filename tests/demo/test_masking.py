@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare, comparison_table, read_comparable
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
-from modulation.demo.masking import ACTIVE_SHARE, PRUNED, Bench, examples
+from modulation.demo.masking import ACTIVE_SHARE, PRUNED, TUNING_PROMPTS_PER_TOPIC, Bench, examples
 from modulation.demo.rivals import FIXED_METHODS, Rivals, Row, with_random_neurons
 from modulation.demo.splits import (
     VALIDATION_FAMILIES,
@@ -21,7 +21,7 @@ from modulation.demo.splits import (
     learning_records,
     validation_records,
 )
-from modulation.demo.topics import ALL_TOPICS, Kind, Topic, topics
+from modulation.demo.topics import ALL_TOPICS, Kind, Split, Topic, topics
 from modulation.errors import DataError
 from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
@@ -192,7 +192,7 @@ def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> 
     for changes, told in (
         ({"mask": "6c"}, "mask 5b, not 6c"),
         ({"split": "tune"}, "split None, not tune"),
-        ({"settings": {"rate": 0.1, "bound": 8.0}}, "bound 32.0, not 8.0"),
+        ({"settings": {"rate": 0.1, "bound": 8.0}}, "settings.bound 32.0, not 8.0"),
     ):
         with pytest.raises(DataError, match=rf"with {told}\. Name another"):
             compare(bench, [], few(), out, {**conditions, **changes})
@@ -201,25 +201,27 @@ def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> 
         compare(bench, [], few(), out, conditions)
 
 
-def test_comparisons_of_other_settings_are_not_put_together(tmp_path: Path) -> None:
+def test_only_comparisons_of_the_same_conditions_and_of_other_seeds_are_put_together(tmp_path: Path) -> None:
     def written(name: str, **conditions: object) -> Path:
         path = tmp_path / name
         path.write_text(json.dumps({"conditions": conditions, "rows": {"no change": {}}}))
         return path
 
-    files = [
-        written(
-            f"{seed}.json", seed=seed, prompts=str(seed), mask=f"m{seed}", split="tune", settings={"rate": 1}
-        )
-        for seed in (0, 1)
-    ]
+    common = {"split": "tune", "settings": {"rate": 1}}
+    files = [written(f"{n}.json", seed=n, prompts=f"p{n}", mask=f"m{n}", **common) for n in (0, 1)]
     assert read_comparable(files) == 2 * [{"no change": {}}]
-    for other, told in (
-        (written("a.json", split="heldout", settings={"rate": 1}), "a.json .* split heldout, not tune"),
-        (written("b.json", split="tune", settings={"rate": 2}), "b.json .* rate 2, not 1"),
+    for other, named in (
+        (written("a.json", seed=2, **{**common, "split": "heldout"}), "split heldout, .*0.json with tune"),
+        (
+            written("b.json", seed=2, **{**common, "settings": {"rate": 2}}),
+            "settings.rate 2, .*0.json with 1",
+        ),
+        (written("c.json", seed=2, split="tune"), "settings None|settings.rate None"),
+        (written("d.json", seed=1, **common), "1.json and .*d.json are both of seed 1"),
     ):
-        with pytest.raises(DataError, match=told):
-            read_comparable([*files, other])
+        for order in ([*files, other], [files[1], other]):
+            with pytest.raises(DataError, match=named.replace("0.json", "[01].json")):
+                read_comparable(order)
 
 
 def test_the_table_gives_means_ranges_and_intervals_over_seeds() -> None:
@@ -234,14 +236,15 @@ def test_the_table_gives_means_ranges_and_intervals_over_seeds() -> None:
     assert "| ours | 1 | 10.0 % [5.5, 17.4] |" in comparison_table([run(10)])
 
 
+@pytest.mark.parametrize("split", ["tune", "heldout"])
 def test_adaptation_measures_prompts_that_it_was_not_given(
-    bench: Bench, mask: Mask, monkeypatch: pytest.MonkeyPatch
+    split: Split, bench: Bench, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Record] = []
     asked: list[Record] = []
 
-    def adapted(_bench: Bench, begun: Mask, shots: list[Record], _run: object) -> Mask:
-        given.extend(shots)
+    def adapted(_bench: Bench, begun: Mask, prompts: list[Record], _run: object) -> Mask:
+        given.extend(prompts)
         return begun
 
     def measured(_bench: Bench, _mask: Mask, prompts: list[Record]) -> dict[str, object]:
@@ -250,8 +253,27 @@ def test_adaptation_measures_prompts_that_it_was_not_given(
 
     monkeypatch.setattr("modulation.demo.fewshot._adapted", adapted)
     monkeypatch.setattr("modulation.demo.fewshot._measured", measured)
-    found = adaptations(bench, mask, "tune", AdaptationRun(TuningSettings(), 1), ["emotion"])
+    family = {"tune": "emotion", "heldout": "debate"}[split]
+    seeded = replace(bench, seed=2)
+    found = adaptations(seeded, mask, split, AdaptationRun(TuningSettings(), 1), [family])
     assert [each.start for each in found] == ["learned", "from scratch"]
-    assert len({each.id for each in given}) == NUM_SHOTS and {each.family for each in given} == {"emotion"}
-    assert not {each.id for each in given} & {each.id for each in asked}
+    shots = {each.prompt for each in given if each.family == family}
+    assert len(shots) == NUM_SHOTS
+    assert not {each.prompt for each in given} & {each.prompt for each in asked}
     assert {each.kind for each in asked} == {"harmful", "borderline"}
+    known = (learning_records if split == "tune" else all_records)(2, TUNING_PROMPTS_PER_TOPIC)
+    others = {each.prompt for each in given} - shots
+    assert others <= {each.prompt for each in known}, "the mask was learned from them"
+    assert len({each.prompt for each in given if each.kind == "borderline"}) > 100
+    answers = [{each.answer for each in part if each.kind == "borderline"} for part in (given, asked)]
+    assert answers[0].isdisjoint(answers[1]), "no topic is in both"
+
+
+def test_on_tune_only_the_validation_families_are_adapted_to(
+    bench: Bench, mask: Mask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modulation.demo.fewshot._adapted", lambda _bench, begun, *_: begun)
+    monkeypatch.setattr("modulation.demo.fewshot._measured", lambda *_: {"asr": {}, "over_refusal": {}})
+    run = AdaptationRun(TuningSettings(), 1)
+    found = {each.family for each in adaptations(bench, mask, "tune", run)}
+    assert found == set(VALIDATION_FAMILIES)

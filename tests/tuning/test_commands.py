@@ -197,9 +197,21 @@ def test_a_mask_is_adapted_to_a_new_family(tuned: tuple[Path, str], data: Path, 
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert float(cells[2]) == pytest.approx(np.exp(moved.mean()), abs=2e-4)
     assert float(cells[3]) == pytest.approx(np.exp(moved.max()), abs=2e-4)
-    assert after.metadata.method["adaptation"]["num_steps"] == 2
+    record = after.metadata.method["adaptation"]
+    assert f"Took {record['num_steps']} of 2 steps." in result.stdout and record["most_steps"] == 2
     assert after.metadata.method["adaptation"]["settings"]["batch_size"] == 8, "as the mask was tuned"
     assert "Its levels are those of" in result.stdout
+
+
+def test_options_that_adaptation_does_not_go_by_are_refused(
+    tuned: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
+    arguments = ("tune", "--adapt", "--mask", tuned[0], "--data", data, "--out", tmp_path / "out.safetensors")
+    for option in ("borderline_weight=30", "rate=0.2", "num_steps=4", "attacked_weight_low=1"):
+        result = invoke(*arguments, "--option", option)
+        assert result.exit_code != 0
+        assert f"Option '{option}' does not go with --adapt" in f"{result.output} {result.exception}"
+    assert not list(tmp_path.iterdir())
 
 
 def records(kind: str, number: int, family: str | None = None) -> list[Record]:

@@ -125,8 +125,10 @@ def test_adaptation_starts_from_the_masks_factors_and_drops_what_was_measured() 
     np.testing.assert_allclose(still.safety.factors, mask.safety.factors, rtol=1e-5)
     assert still.metadata.evaluation == {} and still.metadata.levels == mask.metadata.levels
     record = still.metadata.method["adaptation"]
-    assert record["families"] == ["please", "two"] and record["over_refusal_budget"] == ADAPTATION_BUDGET
-    assert record["num_steps"] == 1 and record["rate"] == 1e-9
+    assert record["families"] == ["please", "two"] and record["refusal_budget"] == ADAPTATION_BUDGET
+    assert record["num_steps"] == record["most_steps"] == 1 and record["rate"] == 1e-9
+    before, after = record["refusal_of_borderline"]
+    assert 0 < before < 1 and after == pytest.approx(before, abs=1e-6)
     assert record["settings"] == settings().model_dump()
     assert still.metadata.data_digests["adaptation"] == digest(DATA)
     assert "tuning" in still.metadata.method and still.metadata.seeds["adaptation"] == 0
