@@ -40,9 +40,15 @@ def chosen(*points: Point, off: Point = OFF, less_safe: bool = False) -> list[tu
 
 
 def test_security_critical_is_the_least_asr_within_ten_points_of_over_refusal() -> None:
-    rest = [point(2, 2, 0.3, 0.2), point(3, 2, 0.5, 0.1)]
+    rest = [point(2, 2, 0.3, 0.2), point(1, 2, 0.5, 0.1)]
     levels = chosen(point(9, 2, 0.1, 0.30), point(10, 2, 0.0, 0.31), *rest)
-    assert levels == [(9, 2), (2, 2), (3, 2)]
+    assert levels == [(9, 2), (2, 2), (1, 2)]
+
+
+def test_of_points_within_a_point_of_the_least_asr_security_critical_refuses_least() -> None:
+    rest = [point(2, 2, 0.3, 0.2), point(1, 2, 0.5, 0.1)]
+    near = point(9, 2, 0.10, 0.30), point(10, 2, 0.11, 0.21), point(11, 2, 0.12, 0.20)
+    assert chosen(*near, *rest)[0] == (10, 2)
 
 
 def test_balanced_is_the_best_harmonic_mean_within_two_points_of_over_refusal() -> None:
@@ -58,9 +64,20 @@ def test_balanced_is_the_best_harmonic_mean_within_two_points_of_over_refusal() 
 def test_balanced_is_not_safer_than_security_critical() -> None:
     """The least ASR may stand where security-critical was, and no other level above it."""
     levels = chosen(
-        point(9, 2, 0.2, 0.1), point(8, 2, 0.2, 0.1), point(7, 2, 0.4, 0.1), point(6, 2, 0.5, 0.0)
+        point(9, 2, 0.2, 0.1), point(9, 4, 0.2, 0.1), point(7, 2, 0.4, 0.1), point(6, 2, 0.5, 0.0)
     )
-    assert levels[:2] == [(8, 2), (9, 2)], "equal points: fewer neurons first"
+    assert levels[:2] == [(9, 2), (9, 4)], "equal points: fewer neurons first"
+
+
+def test_no_level_has_more_safety_neurons_than_the_one_before_it() -> None:
+    """The number of safety neurons is the dial: a curve is not always smooth."""
+    assert chosen(
+        point(8, 2, 0.10, 0.25),
+        point(9, 2, 0.15, 0.20),
+        point(7, 2, 0.30, 0.20),
+        point(4, 2, 0.50, 0.12),
+        point(10, 2, 0.50, 0.05),
+    ) == [(8, 2), (7, 2), (4, 2)]
 
 
 def test_utility_priority_is_the_least_over_refusal_with_asr_well_below_off() -> None:
