@@ -80,7 +80,7 @@ class TuningSettings(BaseModel):
     borderline_margin: float = 3.0
     benign_margin: float = 4.0
 
-    attacked_weight: Weight = 6.0
+    attacked_weight: Weight = 10.0
     attacked_weight_low: Weight = 0.3
     borderline_weight: Weight = 3.0
     borderline_weight_low: Weight = 3.0
