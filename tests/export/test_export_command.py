@@ -137,18 +137,23 @@ def test_the_card_says_what_it_is_and_what_was_measured(tmp_path: Path, command:
     folder = out / "demo-security-critical" if command == "lora" else out
     text = (folder / "README.md").read_text()
     mask = Mask.load(MASK_FILE)
+    num_safety, num_utility = mask.metadata.levels["security-critical"]
     told = yaml.safe_load(text.split("---\n")[1])
     assert told["neurontune"] == {
         "level": "security-critical",
-        "num_safety": 33,
-        "num_utility": 38,
+        "num_safety": num_safety,
+        "num_utility": num_utility,
         "mask": mask.digest,
         "base_model_fingerprint": mask.metadata.model_fingerprint,
     }
     recorded = mask.metadata.evaluation["levels"]
     for name in ("off", "security-critical"):
         assert f"{recorded[name]['asr']['rate']:.1%}" in text
-    assert "33 of 38 safety neurons" in text and "## Dual use" in text and "neurontune-demo" in text
+    assert (
+        f"{num_safety} of {len(mask.safety)} safety neurons" in text
+        and "## Dual use" in text
+        and "neurontune-demo" in text
+    )
     assert str(tmp_path) not in text and str(MODEL_DIR) not in text
 
 
