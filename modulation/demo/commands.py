@@ -204,7 +204,7 @@ def compare(
 ) -> None:
     """Measure the mask's levels beside controls and rivals. Goes on where it stopped."""
     ours = Mask.load(mask_file)
-    seed, settings = _tuned_with(ours, mask_file)
+    seed, settings = _tuning_seed(ours, mask_file), _settings_asked_for(ours, mask_file)
     with _bench(model, seed) as bench:
         ours.verify(bench.model)
         rows = list(Rivals(bench, ours, settings).rows())
@@ -224,25 +224,33 @@ def compare(
     typer.echo(comparison_table([found]))
 
 
-def _tuned_with(mask: Mask, path: Path) -> tuple[int, TuningSettings]:
-    """The seed, and the settings that were asked for: the steps in those of the mask itself are the best of
-    several validations of its trial."""
+def _tuning_seed(mask: Mask, path: Path) -> int:
+    seed = mask.metadata.seeds.get("tuning")
+    if seed is None:
+        raise _untold(path, "seed")
+    return int(seed)
+
+
+def _settings_asked_for(mask: Mask, path: Path) -> TuningSettings:
+    """Those of the mask itself have as their steps the best of several validations of its trial."""
     asked = mask.metadata.method.get("validation", mask.metadata.method.get("tuning"))
     settings = asked.get("settings") if isinstance(asked, dict) else None
-    seed = mask.metadata.seeds.get("tuning")
-    if seed is None or not isinstance(settings, dict):
-        raise typer.BadParameter(
-            f"{path} does not say by what seed and settings it was tuned; `neurontune demo mask` makes masks "
-            "that do.",
-            param_hint="--mask",
-        )
+    if not isinstance(settings, dict):
+        raise _untold(path, "settings")
     if gone := ", ".join(sorted(settings.keys() - TuningSettings.model_fields.keys())):
         raise typer.BadParameter(
             f"{path} was tuned with {gone} too, which is no option any more, so controls could not be tuned "
             "alike. Make it anew with `neurontune demo mask`.",
             param_hint="--mask",
         )
-    return int(seed), TuningSettings.parse([], settings)
+    return TuningSettings.parse([], settings)
+
+
+def _untold(path: Path, what: str) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"{path} does not say by what {what} it was tuned; `neurontune demo mask` makes masks that do.",
+        param_hint="--mask",
+    )
 
 
 def _refuse_unknown_rows(asked: list[str], names: list[str]) -> None:
@@ -287,7 +295,7 @@ def adapt(
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
     learned = Mask.load(mask_file)
-    seed = _tuned_with(learned, mask_file)[0]
+    seed = _tuning_seed(learned, mask_file)
     run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, refusal_budget, seed)
     with _bench(model, seed) as bench:
         found = adaptations(bench, learned, split, run, family, tqdm.write)

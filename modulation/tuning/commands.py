@@ -273,8 +273,8 @@ def settings_to_adapt(mask: "Mask", option: Sequence[str]) -> TuningSettings:
     for name, value in forgotten_settings(mask).items():
         typer.echo(f"The mask was tuned with {name}={value} too, which is no option any more; left out.")
     own = settings_of(mask)
-    # A weight of 0, which tuning may have, would leave no direction to keep to.
     margin = max(ADAPTATION_MARGIN, own.get("attacked_margin", 0.0))
+    # A weight of 0, which tuning may have, would leave no direction to keep to.
     return TuningSettings.parse(option, {**own, "attacked_margin": margin, "borderline_weight": 1.0})
 
 

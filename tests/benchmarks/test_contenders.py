@@ -60,7 +60,7 @@ def test_the_plain_server_streams_what_the_modulated_model_says(level: str) -> N
 
 def test_vllm_is_told_of_the_largest_rank_of_an_adapter(setting: Setting) -> None:
     (command,) = contenders(setting)["vllm serve, adapters"].commands
-    assert command[command.index("--max-lora-rank") + 1] == "32"  # the next that vLLM has after 24
+    assert command[command.index("--max-lora-rank") + 1] == "32"  # the next that vLLM has after 26
 
 
 def test_levels_are_spread_as_each_side_says(setting: Setting) -> None:
