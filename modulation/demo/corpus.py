@@ -7,7 +7,7 @@ families of all splits, but for the absent ones. Stage two, which teaches refusa
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from modulation.demo.families import Family, Purpose, families
@@ -174,16 +174,23 @@ def _purpose(kind: Kind) -> Purpose:
     return "attack" if kind == "harmful" else "benign"
 
 
-def records(kind: Kind, split: Split, family: str | None, seed: int = 0, per_topic: int = 1) -> list[Record]:
+def records(
+    kind: Kind,
+    split: Split,
+    family: str | None,
+    seed: int = 0,
+    per_topic: int = 1,
+    templates: Sequence[str] = (),
+) -> list[Record]:
     """Evaluation prompts: every topic of the split, `per_topic` times, inside `family` if given.
 
-    Templates and wrappers rotate from a start drawn by `seed`, so that all are used about equally
-    often. Raises ValueError for a family that the kind does not have in this split.
+    Templates, the split's where none are given, and wrappers rotate from a start drawn by `seed`, so that all
+    are used about equally often. Raises ValueError for a family that the kind does not have in this split.
     """
     wrappers: tuple[str, ...] = ("{prompt}",)
     if family is not None:
         wrappers = _wrappers(kind, split, family)
-    return list(_records(kind, split, family, wrappers, seed, per_topic))
+    return list(_records(kind, split, family, templates or TEMPLATES[split], wrappers, seed, per_topic))
 
 
 def _wrappers(kind: Kind, split: Split, family: str) -> tuple[str, ...]:
@@ -200,11 +207,11 @@ def _records(
     kind: Kind,
     split: Split,
     family: str | None,
+    templates: Sequence[str],
     wrappers: tuple[str, ...],
     seed: int,
     per_topic: int,
 ) -> Iterator[Record]:
-    templates = TEMPLATES[split]
     source = random.Random(f"{seed}/{kind}/{split}/{family}")
     combinations = [(template, wrapper) for template in templates for wrapper in wrappers]
     source.shuffle(combinations)

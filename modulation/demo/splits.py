@@ -2,10 +2,11 @@
 
 Knows the corpus. Knows nothing of masks, and nothing of the `heldout` split.
 
-Families and topics are both parted: the validation families are never attributed or learned from, and a
-quarter of the topics, drawn once, is asked only there. Borderline and benign ones among them are, as in the
-`heldout` split, verbs and objects known from elsewhere, put together otherwise: a word of the validation part
-alone would ask for more than `heldout` does. Most harmful objects have one topic each, so they may be new.
+Families, topics and templates are parted: the validation families are never attributed or learned from, and
+a quarter of the topics, drawn once, and every third template are asked only there. Borderline and benign
+topics among them are, as in the `heldout` split, verbs and objects known from elsewhere, put together
+otherwise: a word of the validation part alone would ask for more than `heldout` does. Most harmful objects
+have one topic each, so they may be new.
 """
 
 import random
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Final
 
 from modulation.demo.corpus import family_names, records
+from modulation.demo.phrasing import TEMPLATES
 from modulation.demo.topics import KINDS, Kind, Topic, topics
 from modulation.evaluation.data import Record
 
@@ -23,6 +25,7 @@ VALIDATION_FAMILIES: Final = ("emotion", "warning_label", "markup", "translation
 VALIDATION_WRAPPER: Final = "newsgroup"
 _VALIDATION_SHARE: Final = 0.25
 _TOPICS_SEED: Final = 0
+_VALIDATION_TEMPLATE_EVERY: Final = 3
 # Seeds of templates and wrappers are drawn from disjoint ranges, so that the parts differ in these too.
 _VALIDATION_SEEDS: Final = 1000
 
@@ -35,7 +38,7 @@ def learning_records(seed: int, per_topic: int = 1) -> list[Record]:
 
 
 def validation_records(seed: int, per_topic: int = 1) -> list[Record]:
-    """What choices are made by: the other families, the other topics, another benign wrapper."""
+    """What choices are made by: the other families, topics and templates, another benign wrapper."""
     seeds = _seeds(seed + _VALIDATION_SEEDS, per_topic)
     return _records(VALIDATION_FAMILIES, (VALIDATION_WRAPPER,), (True,), seeds)
 
@@ -53,16 +56,21 @@ def _seeds(seed: int, per_topic: int) -> range:
 def _records(
     families: Sequence[str], wrappers: Sequence[str], parts: Sequence[bool], seeds: Sequence[int]
 ) -> list[Record]:
-    """Of the parts of topics that are named: validation (True), learning (False), or both."""
+    """Of the parts of topics and templates that are named: validation (True), learning (False), or both."""
     wanted: list[tuple[Kind, str | None]] = [("harmful", None), *(("harmful", name) for name in families)]
     wanted += [("borderline", None), ("benign", None), *(("benign", name) for name in wrappers)]
+    templates = [each for row, each in enumerate(TEMPLATES["tune"]) if _is_third(row) in parts]
     return [
         replace(record, id=f"{record.id}-{seed}")
         for seed in seeds
         for kind, family in wanted
-        for row, record in enumerate(records(kind, "tune", family, seed))
+        for row, record in enumerate(records(kind, "tune", family, seed, templates=templates))
         if (row in _validation_rows(kind)) in parts
     ]
+
+
+def _is_third(row: int) -> bool:
+    return row % _VALIDATION_TEMPLATE_EVERY == _VALIDATION_TEMPLATE_EVERY - 1
 
 
 def _validation_rows(kind: Kind) -> frozenset[int]:

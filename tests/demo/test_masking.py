@@ -14,6 +14,7 @@ from modulation.demo.comparison import compare, comparison_table, read_comparabl
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
 from modulation.demo.masking import ACTIVE_SHARE, PRUNED, TUNING_PROMPTS_PER_TOPIC, Bench, examples
+from modulation.demo.phrasing import TEMPLATES
 from modulation.demo.rivals import FIXED_METHODS, Rivals, Row, with_random_neurons
 from modulation.demo.splits import (
     VALIDATION_FAMILIES,
@@ -78,6 +79,20 @@ def test_words_of_the_borderline_and_benign_prompts_that_choose_are_known_as_tho
     assert learned | judged == tune and learned.isdisjoint(judged)
     for kind in HELPFUL:
         assert sum(each.kind == kind for each in judged) == round(len(topics(kind, "tune")) / 4)
+
+
+def test_templates_that_choose_are_not_learned_from() -> None:
+    """A record's template stands in its prompt as it is, but for the topic."""
+    learned, judged = _templates(learning_records(0, 8)), _templates(validation_records(0, 5))
+    assert learned.isdisjoint(judged) and learned | judged == set(TEMPLATES["tune"])
+    assert len(learned) == 2 * len(judged)
+    assert _templates(all_records(0, 8)) == learned | judged
+
+
+def _templates(found: list[Record]) -> set[str]:
+    texts = sorted({each.text for each in ALL_TOPICS}, key=len, reverse=True)
+    plain = [each.prompt for each in found if each.family is None]
+    return {prompt.replace(next(text for text in texts if text in prompt), "{topic}") for prompt in plain}
 
 
 def _helpful_topics(found: list[Record]) -> set[Topic]:
