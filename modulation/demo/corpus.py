@@ -180,17 +180,19 @@ def records(
     family: str | None,
     seed: int = 0,
     per_topic: int = 1,
-    templates: Sequence[str] = (),
+    templates: Sequence[str] | None = None,
 ) -> list[Record]:
     """Evaluation prompts: every topic of the split, `per_topic` times, inside `family` if given.
 
-    Templates, the split's where none are given, and wrappers rotate from a start drawn by `seed`, so that all
-    are used about equally often. Raises ValueError for a family that the kind does not have in this split.
+    Templates, all of the split's where none are given, and wrappers rotate from a start drawn by `seed`, so
+    that all are used about equally often. Raises ValueError for a family that the kind does not have in this
+    split.
     """
     wrappers: tuple[str, ...] = ("{prompt}",)
     if family is not None:
         wrappers = _wrappers(kind, split, family)
-    return list(_records(kind, split, family, templates or TEMPLATES[split], wrappers, seed, per_topic))
+    templates = TEMPLATES[split] if templates is None else templates
+    return list(_records(kind, split, family, templates, wrappers, seed, per_topic))
 
 
 def _wrappers(kind: Kind, split: Split, family: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ VALIDATION_WRAPPER: Final = "newsgroup"
 _VALIDATION_SHARE: Final = 0.25
 _TOPICS_SEED: Final = 0
 _VALIDATION_TEMPLATE_EVERY: Final = 3
-# Seeds of templates and wrappers are drawn from disjoint ranges, so that the parts differ in these too.
+# Validation draws which template asks about which topic by seeds of its own.
 _VALIDATION_SEEDS: Final = 1000
 
 
@@ -59,7 +59,7 @@ def _records(
     """Of the parts of topics and templates that are named: validation (True), learning (False), or both."""
     wanted: list[tuple[Kind, str | None]] = [("harmful", None), *(("harmful", name) for name in families)]
     wanted += [("borderline", None), ("benign", None), *(("benign", name) for name in wrappers)]
-    templates = [each for row, each in enumerate(TEMPLATES["tune"]) if _is_third(row) in parts]
+    templates = [each for row, each in enumerate(TEMPLATES["tune"]) if _validates(row) in parts]
     return [
         replace(record, id=f"{record.id}-{seed}")
         for seed in seeds
@@ -69,7 +69,8 @@ def _records(
     ]
 
 
-def _is_third(row: int) -> bool:
+def _validates(row: int) -> bool:
+    """Whether a template asks in the validation part only."""
     return row % _VALIDATION_TEMPLATE_EVERY == _VALIDATION_TEMPLATE_EVERY - 1
 
 

@@ -32,6 +32,7 @@ from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import TuningSettings
 
 HELPFUL: tuple[Kind, ...] = ("borderline", "benign")
+TEXTS = sorted((each.text for each in ALL_TOPICS), key=len, reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,26 @@ def test_templates_that_choose_are_not_learned_from() -> None:
     """A record's template stands in its prompt as it is, but for the topic."""
     learned, judged = _templates(learning_records(0, 8)), _templates(validation_records(0, 5))
     assert learned.isdisjoint(judged) and learned | judged == set(TEMPLATES["tune"])
+    for found, own, others in (
+        (learning_records(0), learned, judged),
+        (validation_records(0), judged, learned),
+    ):
+        asked = [
+            {each for each in TEMPLATES["tune"] if each.format(topic=_topic(record)) in record.prompt}
+            for record in found
+        ]
+        assert not set().union(*asked) & others
+        assert sum(bool(each & own) for each in asked) > 0.9 * len(found)  # a wrapper may name another topic
     assert len(learned) == 2 * len(judged)
     assert _templates(all_records(0, 8)) == learned | judged
 
 
 def _templates(found: list[Record]) -> set[str]:
-    texts = sorted({each.text for each in ALL_TOPICS}, key=len, reverse=True)
-    plain = [each.prompt for each in found if each.family is None]
-    return {prompt.replace(next(text for text in texts if text in prompt), "{topic}") for prompt in plain}
+    return {each.prompt.replace(_topic(each), "{topic}") for each in found if each.family is None}
+
+
+def _topic(record: Record) -> str:
+    return next(text for text in TEXTS if text in record.prompt)
 
 
 def _helpful_topics(found: list[Record]) -> set[Topic]:

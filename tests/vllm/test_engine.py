@@ -137,7 +137,8 @@ def test_an_engine_that_cannot_start_leaves_others_alone(vllm_engine: VllmEngine
         new_engine(arguments=VllmArguments(others=["tokenizer_revision=[1]"]))
     with pytest.raises(ModelError, match="vLLM cannot start"):  # a process of its own has begun, and fails
         new_engine(arguments=VllmArguments(others=["model_impl=transformers"]))
-    assert asyncio.run(_one_token(vllm_engine))  # no process of it has ended
+    assert asyncio.run(_one_token(vllm_engine))  # so its core and its workers live
+    assert vllm_engine.healthy().ready
 
 
 async def _one_token(engine: VllmEngine) -> tuple[int, ...]:
