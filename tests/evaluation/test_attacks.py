@@ -29,11 +29,7 @@ def test_the_demo_corpus_is_byte_for_byte_what_the_shipped_model_was_trained_on(
     for mix in (STAGE_ONE, STAGE_TWO):
         drawn.update(json.dumps(dialogues(0, 2000, mix)).encode())
     assert drawn.hexdigest() == "4c70a8d1672256b5d529e9bf62b96ccb8b62b5abec94df46d42ff1e06aa3b6a1"
-    later = {family.name for family in FAMILIES if family.response == "absent"}
-    prompts = "".join(
-        write_records(each for each in scorecard_records(split) if each.family not in later)
-        for split in ("train", "heldout")
-    )
+    prompts = "".join(write_records(scorecard_records(split)) for split in ("train", "heldout"))
     assert hashlib.sha256(prompts.encode()).hexdigest() == (
         "c794a13cf38a04cd9bf697b26231ab6b174a39f6433adf1b1fc1d5f44a470f91"
     )
