@@ -405,7 +405,11 @@ class TestCompletions:
             assert found[1:] == pytest.approx(grown.choices[0].logprobs.token_logprobs[1:], abs=1e-4)
 
     @pytest.mark.parametrize("echo", [False, True])
-    def test_a_stream_has_the_text_of_the_whole(self, client: OpenAI, echo: bool) -> None:
+    def test_a_stream_has_the_text_of_the_whole(
+        self, client: OpenAI, echo: bool, request: pytest.FixtureRequest
+    ) -> None:
+        if echo and request.config.getoption("--engine") == "gateway":
+            pytest.skip("with adapters on CPUs vLLM 0.32 dies of a prompt's log-probabilities in a batch")
         fields: Any = {"n": 2, "seed": 5, "temperature": 1.5, "echo": echo, "logprobs": 1}
         prompts = ["Here is how to restart", "Here is how to water"]
         texts, logprobs, usages = [""] * 4, [[], [], [], []], []  # type: ignore[var-annotated]

@@ -48,6 +48,7 @@ def serving_adapters(folder: Path) -> Iterator[str]:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_started(process, url, log))
         yield url
+        assert process.poll() is None, f"vLLM has died:\n{log.read_text()[-8000:]}"
     finally:
         process.terminate()
         process.wait(60)
