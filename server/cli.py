@@ -109,6 +109,7 @@ def _serve(settings: Settings, end_if_signalled: Callable[[], None]) -> None:
             end_if_signalled()
             drain = Drain()
             application = create_app(settings, engine, drain)
+            end_if_signalled()  # what comes now has uvicorn's handlers
         except BaseException:
             asyncio.run(engine.close())
             raise

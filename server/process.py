@@ -104,7 +104,7 @@ def ended_by_signals() -> Iterator[Callable[[], None]]:
         yield raise_again
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
 
 
 def run(
