@@ -14,7 +14,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +25,6 @@ from typing import Any, Final, TypeVar
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -44,26 +43,22 @@ from server.engines.base import (
     FinishReason,
     GenerateRequest,
     GenerationError,
-    Grammar,
     Output,
-    Sampling,
     Tallies,
-    TokenLogprob,
 )
-from server.engines.grammar import Grammars, styled
 from server.engines.in_force import InForce
-from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
+from server.engines.limits import refuse_unknown_adapter, token_limit
 from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.sizes import resolve_sizes, stop_ids
 from server.engines.supervision import leave_it
 from server.engines.text import ChatText
 from server.engines.vllm_adapters import read_adapters
 from server.engines.vllm_arguments import VllmArguments, device_of_vllm, engine_arguments
+from server.engines.vllm_dialect import Dialect, queued_seconds
 from server.engines.vllm_proof import prove_in_force
 from server.engines.vllm_stats import VllmStats
 from server.engines.vllm_worker import EXTRA_ARGS_KEY, NUM_SLOTS
 
-_GREEDY_BELOW: Final = 1e-5
 _WATCH_SECONDS: Final = 0.1
 _PAGE_SIZE: Final = 128
 # Supported families that vLLM has no model of its own for. The worker refuses any other such model.
@@ -137,8 +132,7 @@ class VllmEngine(TokenizingEngine):
             trust_remote_code=trust_remote_code,
         )
         ends = stop_ids(self._shape.model, tokenizer)
-        self._vocabulary = int(config.vocab_size)
-        self._grammars = Grammars(tokenizer, self._vocabulary, ends)
+        self._dialect = Dialect(tokenizer, int(config.vocab_size), ends)
         self._in_force = InForce(loaded_mask.digest, 1)  # the value is the mask's slot in the workers
         self._swapping = asyncio.Lock()
         self._released = asyncio.Event()
@@ -157,7 +151,7 @@ class VllmEngine(TokenizingEngine):
         try:
             self._llm = self._waited_for(self._started(engine_args))
             length = int(self._llm.model_config.max_model_len)
-            self._text = ChatText(tokenizer, ends, self._vocabulary, length)
+            self._text = ChatText(tokenizer, ends, int(config.vocab_size), length)
             self._waited_for(self._prepared_workers(loaded_mask))
         except BaseException:
             self._why_ended = "the engine could not start"
@@ -217,8 +211,9 @@ class VllmEngine(TokenizingEngine):
         prompt = await self._preparers.encoded(request.prompt)
         limit = token_limit(self._info.max_model_len, len(prompt), request.max_tokens)
         # Off the event loop, like tokenising: a large schema takes seconds to compile.
-        sampling = await self._preparers.run(self._prepared, request, limit) if request.grammar else None
-        sampling = sampling or self._prepared(request, limit)
+        said = self._dialect.sampling
+        sampling = await self._preparers.run(said, request, limit) if request.grammar else None
+        sampling = sampling or said(request, limit)
         self._refuse_if_not_ready()
         name = f"request-{next(self._numbers)}"
         stream = _Stream(asyncio.get_running_loop(), request.threshold)
@@ -234,8 +229,8 @@ class VllmEngine(TokenizingEngine):
                     raise step
                 answer = step.outputs[0]
                 finish = self._finish_reason(answer.finish_reason)
-                queued = queued or _queued_seconds(step, begun)
-                known = self._known(request, step, limit) | {"queued_seconds": queued}
+                queued = queued or queued_seconds(step, begun)
+                known = self._dialect.known(request, step, limit) | {"queued_seconds": queued}
                 if not limit:
                     yield Output("", (), "length", len(prompt), 0, **known)
                     return
@@ -413,58 +408,6 @@ class VllmEngine(TokenizingEngine):
         found: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return found.result(_START_SECONDS)
 
-    def _prepared(self, request: GenerateRequest, limit: int) -> SamplingParams:
-        """How a request's tokens are drawn. Raises what keeps it from being asked of vLLM."""
-        refuse_unknown_bias(request.sampling, self._vocabulary)
-        if request.grammar is not None:
-            self._grammars.matcher(request.grammar)  # refuses what cannot be followed
-        return self._sampling(request, limit)
-
-    def _sampling(self, request: GenerateRequest, limit: int) -> SamplingParams:
-        sampling = request.sampling
-        greedy = sampling.temperature < _GREEDY_BELOW
-        if greedy:
-            sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None)
-        return SamplingParams(
-            max_tokens=max(1, limit),
-            **_drawing(sampling),
-            stop_token_ids=sorted(self._text.stop_ids),
-            ignore_eos=True,  # the ends are those above
-            logprobs=request.num_logprobs,
-            prompt_logprobs=request.num_prompt_logprobs,
-            structured_outputs=_structured(request.grammar) if request.grammar is not None else None,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            skip_clone=True,
-        )
-
-    def _known(self, request: GenerateRequest, step: RequestOutput, limit: int) -> dict[str, Any]:
-        """What a step of vLLM's tells beside tokens."""
-        known: dict[str, Any] = {"num_cached_tokens": step.num_cached_tokens or 0}
-        answer = step.outputs[0]
-        if request.num_logprobs is not None and limit:
-            assert answer.logprobs is not None
-            known["logprobs"] = tuple(
-                self._place(token, place, request.num_logprobs)
-                for token, place in zip(answer.token_ids, answer.logprobs, strict=True)
-            )
-        if request.num_prompt_logprobs is not None and step.prompt_logprobs:
-            tokens = step.prompt_token_ids
-            assert tokens is not None
-            first = TokenLogprob(self._grammars.candidate(tokens[0], None), ())
-            pairs = zip(tokens[1:], step.prompt_logprobs[1:], strict=True)
-            known["prompt_logprobs"] = (
-                first,
-                *(self._place(token, place or {}, request.num_prompt_logprobs) for token, place in pairs),
-            )
-        return known
-
-    def _place(self, token: int, place: Mapping[int, Any], num_top: int) -> TokenLogprob:
-        """A place of vLLM's log-probabilities: the token that stands there and the likeliest, by rank."""
-        ranked = sorted(place.items(), key=lambda item: (item[1].rank, item[0]))[:num_top]
-        top = tuple(self._grammars.candidate(each, found.logprob) for each, found in ranked)
-        return TokenLogprob(self._grammars.candidate(token, place[token].logprob), top)
-
     def _finish_reason(self, reason: str | None) -> FinishReason | None:
         """Raises what an end that is no answer's stands for."""
         if reason is None:
@@ -509,35 +452,6 @@ class _Stream:
         step = await self._steps.get()
         self.has_begun = True
         return step
-
-
-def _queued_seconds(step: RequestOutput, begun: float) -> float:
-    """From `begun` until the request's first step. vLLM's clock is this one's where its scheduler runs on
-    this machine; where it does not, or says nothing, until its first token."""
-    passed = time.monotonic() - begun
-    scheduled = getattr(step.metrics, "scheduled_ts", 0.0) - begun
-    return scheduled if 0 < scheduled < passed else passed
-
-
-def _drawing(sampling: Sampling) -> dict[str, Any]:
-    """How tokens are drawn, in vLLM's names. A seed is whatever 64 bits it has; vLLM takes -1 for none."""
-    return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "seed": None if sampling.seed is None else sampling.seed & (1 << 64) - 1,
-        "repetition_penalty": sampling.repetition_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "logit_bias": dict(sampling.logit_bias) or None,
-    }
-
-
-def _structured(grammar: Grammar) -> StructuredOutputsParams:
-    if grammar.kind == "json_schema":
-        return StructuredOutputsParams(json=styled(grammar.text))
-    return StructuredOutputsParams(grammar=grammar.text)
 
 
 async def _cancel_all() -> None:
