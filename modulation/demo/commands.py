@@ -20,7 +20,7 @@ from modulation.demo.comparison import compare as compare_rows
 from modulation.demo.comparison import comparison_table, read_comparable, save_plot
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import adaptation_table, adaptations
-from modulation.demo.masking import SETTINGS, Bench, make_mask
+from modulation.demo.masking import PRUNED, Bench, make_mask
 from modulation.demo.rivals import Rivals
 from modulation.demo.scorecard import Scorecard, score, scorecard_records
 from modulation.demo.topics import Kind, Split
@@ -164,7 +164,7 @@ def mask(
 ) -> None:
     """Make the demo model's mask by the whole method, on the tune split."""
     refuse_unwritable({"--out": out, "--trial-out": trial_out})
-    settings = TuningSettings.parse(option or [], SETTINGS)
+    settings = TuningSettings.parse(option or [], PRUNED)
     with _bench(model, seed) as bench:
         made, trial = make_mask(bench, settings)
     made.save(out)

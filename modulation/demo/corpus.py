@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from modulation.demo.families import PURPOSES, Family, Purpose, families
+from modulation.demo.families import Family, Purpose, families
 from modulation.demo.phrasing import (
     CODAS,
     FILLERS,
@@ -83,11 +83,8 @@ class _Writer:
         self.source = source
         self.mix = mix
         splits = ("train",) if mix.refuses else SPLITS
-        benign, attacks = (
-            [f for split in splits for f in families(purpose, split) if f.response != "absent"]
-            for purpose in PURPOSES
-        )
-        self.wrapping = [*benign, *attacks]
+        attacks = [f for split in splits for f in families("attack", split) if f.response != "absent"]
+        self.wrapping = [*(f for split in splits for f in families("benign", split)), *attacks]
         self.robust = [f for f in attacks if f.response == "refused"] if mix.refuses else attacks
         self.replay = [f for f in self.wrapping if f.response == "complied"] if mix.refuses else attacks
         self.topics = {kind: [t for split in splits for t in topics(kind, split)] for kind in KINDS}

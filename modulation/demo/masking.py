@@ -30,14 +30,8 @@ from modulation.tuning.settings import TuningSettings
 MODEL_ID: Final = "neurontune-demo"
 ACTIVE_SHARE: Final = 0.0198
 # The demo's tuning settings where they are not the defaults.
-SETTINGS: Final[Mapping[str, Any]] = MappingProxyType(
-    {
-        "prune_shares": (0.16, 0.07, 0.035),
-        "prune_steps": 60,
-        "num_steps": 180,
-        "validate_every": 180,
-        "harmful_weight": 3.0,
-    }
+PRUNED: Final[Mapping[str, Any]] = MappingProxyType(
+    {"prune_shares": (0.16, 0.07, 0.035), "harmful_weight": 1.0}
 )
 TUNING_PROMPTS_PER_TOPIC: Final = 8
 VALIDATION_PROMPTS_PER_TOPIC: Final = 5

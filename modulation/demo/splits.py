@@ -56,18 +56,16 @@ def _seeds(seed: int, per_topic: int) -> range:
 def _records(
     families: Sequence[str], wrappers: Sequence[str], parts: Sequence[bool], seeds: Sequence[int]
 ) -> list[Record]:
-    """Of the parts of topics and templates that are named: validation (True), learning (False), or both. As
-    many benign prompts are plain as are wrapped."""
-    once: list[tuple[Kind, str | None]] = [("harmful", None), *(("harmful", name) for name in families)]
-    once += [("borderline", None), *(("benign", name) for name in wrappers)]
-    wanted = [*((kind, family, 1) for kind, family in once), ("benign", None, len(wrappers))]
+    """Of the parts of topics and templates that are named: validation (True), learning (False), or both."""
+    wanted: list[tuple[Kind, str | None]] = [("harmful", None), *(("harmful", name) for name in families)]
+    wanted += [("borderline", None), ("benign", None), *(("benign", name) for name in wrappers)]
     templates = [each for row, each in enumerate(TEMPLATES["tune"]) if _validates(row) in parts]
     return [
         replace(record, id=f"{record.id}-{seed}")
         for seed in seeds
-        for kind, family, per_topic in wanted
-        for row, record in enumerate(records(kind, "tune", family, seed, per_topic, templates))
-        if (row // per_topic in _validation_rows(kind)) in parts
+        for kind, family in wanted
+        for row, record in enumerate(records(kind, "tune", family, seed, templates=templates))
+        if (row in _validation_rows(kind)) in parts
     ]
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from modulation.demo import MASK_FILE
 from modulation.demo.commands import app
 from modulation.demo.corpus import family_names
-from modulation.demo.masking import SETTINGS
+from modulation.demo.masking import PRUNED
 from modulation.evaluation.data import read_records
 from modulation.masks import Mask, MaskMetadata
 from modulation.tuning.runs import AdaptationRun
@@ -137,4 +137,4 @@ def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch
     (settings,) = (each.settings for each in given)
     assert settings.support_size == 7
     assert settings.attacked_margin == ADAPTATION_MARGIN and settings.borderline_weight == 1.0
-    assert settings.prune_shares == TuningSettings.parse([], SETTINGS).prune_shares
+    assert settings.prune_shares == TuningSettings.parse([], PRUNED).prune_shares

@@ -13,7 +13,7 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare, comparison_table, read_comparable
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
-from modulation.demo.masking import ACTIVE_SHARE, SETTINGS, TUNING_PROMPTS_PER_TOPIC, Bench, examples
+from modulation.demo.masking import ACTIVE_SHARE, PRUNED, TUNING_PROMPTS_PER_TOPIC, Bench, examples
 from modulation.demo.phrasing import TEMPLATES
 from modulation.demo.rivals import FIXED_METHODS, Rivals, Row, with_random_neurons
 from modulation.demo.splits import (
@@ -163,9 +163,9 @@ class Noting(Bench):
 
 
 def test_controls_learn_as_long_as_ours_and_are_pruned_where_they_say_so(bench: Bench, mask: Mask) -> None:
-    shares = SETTINGS["prune_shares"]
+    shares = PRUNED["prune_shares"]
     noting = Noting(bench.model, bench.tokenizer)
-    rows = Rivals(noting, mask, TuningSettings(**SETTINGS)).rows()
+    rows = Rivals(noting, mask, TuningSettings(**PRUNED)).rows()
     prepared = {row.name: row.prepare for row in rows if row.kind == "control" and "fixed" not in row.name}
     steps = mask.metadata.method["tuning"]["num_steps"]
     pruned, whole = (307, "maml", shares, steps), (38, "maml", (), steps + 3 * TuningSettings().prune_steps)
