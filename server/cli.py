@@ -109,17 +109,18 @@ def _serve(settings: Settings, end_if_signalled: Callable[[], None]) -> None:
             end_if_signalled()
             drain = Drain()
             application = create_app(settings, engine, drain)
-            end_if_signalled()  # what comes now has uvicorn's handlers
+            address, port = listener.getsockname()[:2]
+            welcome = _welcome(settings, engine, address, port)
+            end_if_signalled()  # uvicorn has handlers of its own soon; until then the engine is not closed
         except BaseException:
             asyncio.run(engine.close())
             raise
-        address, port = listener.getsockname()[:2]
         run(
             application,
             engine,
             listener,
             settings.log_level,
-            _welcome(settings, engine, address, port),
+            welcome,
             drain,
             end,
             lambda: reload(application),

@@ -104,7 +104,8 @@ def ended_by_signals() -> Iterator[Callable[[], None]]:
         yield raise_again
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python
+            # None: it is not Python's, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def run(

@@ -1,6 +1,6 @@
 """Requests and answers in vLLM's words.
 
-Knows `SamplingParams` and `RequestOutput`. Knows nothing of levels, and of no running engine.
+Knows `SamplingParams` and `RequestOutput`. Knows nothing of levels, nor of any running engine.
 """
 
 import time

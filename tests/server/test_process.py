@@ -181,7 +181,12 @@ app(["serve", "--port", "0", *sys.argv[3:]])
         pytest.param(
             "server.engines.transformers", ("--model", "/no", "--mask", "/no"), id="before a model is loaded"
         ),
-        pytest.param("server.tracing", ("--engine", "fake"), id="after the engine has been made"),
+        pytest.param("server.tracing", ("--engine", "fake"), id="before an engine is made"),
+        pytest.param(
+            "server.telemetry",
+            ("--engine", "fake", "--otlp-endpoint", "http://127.0.0.1:1"),
+            id="while the application is made",
+        ),
     ],
 )
 def test_a_signal_that_python_drops_while_it_imports_ends_the_server_nevertheless(

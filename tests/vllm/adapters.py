@@ -48,7 +48,11 @@ def serving_adapters(folder: Path) -> Iterator[str]:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_started(process, url, log))
         yield url
-        assert process.poll() is None, f"vLLM has died:\n{log.read_text()[-8000:]}"
+        try:
+            assert httpx.get(f"{url}/health").status_code == 200
+        except (AssertionError, httpx.TransportError) as error:
+            error.add_note(f"vLLM has died:\n{log.read_text()[-8000:]}")
+            raise
     finally:
         process.terminate()
         process.wait(60)

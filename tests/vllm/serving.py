@@ -55,8 +55,7 @@ def starting(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str],
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # what the test found matters more
-            process.communicate(timeout=END_SECONDS)
+        process.communicate(timeout=END_SECONDS)
 
 
 @contextmanager

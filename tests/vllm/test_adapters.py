@@ -141,16 +141,22 @@ def test_what_is_no_adapter_is_refused_by_name(
         read_adapters([each.format(**places) for each in given], "demo", model)
 
 
-async def test_log_probabilities_of_prompts_are_of_the_adapted_model(
+async def test_log_probabilities_of_prompts_in_one_batch_are_of_the_adapted_models(
     engine: VllmEngine, folders: dict[str, Path]
 ) -> None:
-    prompt = await engine.encode("How do I bake bread?")
-    for adapter in (None, "second"):
-        asked = GenerateRequest(
+    """Where vLLM 0.32 reads logits by itself, these end it on CPUs."""
+    texts = ("How do I bake bread?", "Bread", "Tell me how to bake bread in an oven.")
+    asked = [(adapter, await engine.encode(text)) for adapter in (None, "second") for text in texts]
+
+    async def logprobs(adapter: str | None, prompt: list[int]) -> list[float]:
+        request = GenerateRequest(
             prompt, ZERO, GREEDY, max_tokens=1, num_logprobs=0, num_prompt_logprobs=0, adapter=adapter
         )
-        outputs = await collect(engine.generate(asked))
-        found = [each.chosen.logprob for output in outputs for each in output.prompt_logprobs or ()]
+        outputs = await collect(engine.generate(request))
+        return [each.chosen.logprob for output in outputs for each in output.prompt_logprobs or ()]
+
+    answers = await asyncio.gather(*(logprobs(*each) for each in asked))
+    for (adapter, prompt), found in zip(asked, answers, strict=True):
         folder = MODEL_DIR if adapter is None else folders[adapter] / "merged"
         with torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
