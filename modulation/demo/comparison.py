@@ -19,6 +19,7 @@ from modulation.evaluation.html.svg import require_matplotlib
 from modulation.evaluation.metrics import Rate, evaluate_answers, rate_of_counts
 from modulation.evaluation.perplexity import perplexity
 from modulation.evaluation.report import percent
+from modulation.rivals.choice import NoSettingError
 
 OF_A_SEED: Final = ("seed", "prompts", "mask")
 """The conditions in which comparisons that are put together may differ."""
@@ -52,7 +53,8 @@ def compare(
     conditions: Mapping[str, Any],
     on_row: Callable[[str], object] = lambda _name: None,
 ) -> Results:
-    """Measure every row that `out` does not hold yet; `out` is written after each, so a run can go on.
+    """Measure every row that `out` does not hold yet; `out` is written after each, so a run can go on. A row
+    of which no setting is within the limits is left out. `on_row` is told of each that begins, and of that.
 
     `conditions` are plain JSON values, by name: all that rows with these names depend on.
     Raises DataError for a file that is not one of these results, or was measured under other conditions.
@@ -67,7 +69,11 @@ def compare(
     for row in rows:
         if row.name not in results:
             on_row(row.name)
-            results[row.name] = measure(bench, row, records)
+            try:
+                results[row.name] = measure(bench, row, records)
+            except NoSettingError as error:
+                on_row(f"{row.name}: left out. {error}")
+                continue
             text = json.dumps({"conditions": conditions, "rows": results}, indent=1) + "\n"
             write_whole(out, text.encode())
     return results

@@ -27,6 +27,10 @@ NUM_GENERATED: Final = 8
 _ROUNDING: Final = 1e-9
 
 
+class NoSettingError(ModelError):
+    """No setting of a rival is within the limits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """The three shares, 0 to 1, that the rule looks at."""
@@ -60,12 +64,12 @@ RULE: Final = Limits()
 def choose(candidates: Sequence[T], measured: Sequence[Point], off: Point, limits: Limits = RULE) -> T:
     """The candidate that the rule picks; `measured` has one point a candidate.
 
-    Raises ModelError where no candidate is within the limits.
+    Raises NoSettingError where no candidate is within the limits.
     """
     assert len(candidates) == len(measured), (len(candidates), len(measured))
     order = ranked(measured, off, limits)
     if not order or limits.excess(off, measured[order[0]]):
-        raise ModelError(
+        raise NoSettingError(
             f"None of {len(candidates)} settings loses at most {100 * limits.benign_loss:g} points of benign "
             f"correctness and gains at most {100 * limits.over_refusal_gain:g} points of over-refusal: add "
             "weaker settings, or widen the limits."
@@ -117,7 +121,7 @@ def best(
     that was measured.
 
     Raises DataError for no settings, for `num_generated` below 1 and for records that lack a kind, and
-    ModelError where no setting is within the limits.
+    NoSettingError where no setting is within the limits.
     """
     if not settings:
         raise DataError("There are no settings to choose from: give at least one.")

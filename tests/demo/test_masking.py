@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask
+from modulation.rivals.choice import NoSettingError
 from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import TuningSettings
 
@@ -227,6 +229,16 @@ def test_a_comparison_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> 
     out.write_text("[]")
     with pytest.raises(DataError, match="holds no comparison"):
         compare(bench, [], few(), out, conditions)
+
+
+def test_a_rival_without_a_setting_within_the_limits_is_left_out(bench: Bench, tmp_path: Path) -> None:
+    def prepare() -> NoReturn:
+        raise NoSettingError("None of 16 settings is mild enough.")
+
+    rows = [Row("rash", "rival", prepare), Row("one", "base", lambda: (nullcontext, "as it is"))]
+    told: list[str] = []
+    assert list(compare(bench, rows, few(), tmp_path / "results.json", {}, told.append)) == ["one"]
+    assert told == ["rash", "rash: left out. None of 16 settings is mild enough.", "one"]
 
 
 def test_only_comparisons_of_the_same_conditions_and_of_other_seeds_are_put_together(tmp_path: Path) -> None:
