@@ -32,7 +32,7 @@ Cost = Literal["absolute", "positive"]
 Direction = Literal["either", "amplify"]
 
 # How much what a neuron does to benign and to borderline prompts counts against it. Chosen on the demo
-# model's validation prompts, see docs/method.md.
+# model's validation prompts, see docs/trials.md.
 BENIGN_WEIGHT: Final = 0.5
 BORDERLINE_WEIGHT: Final = 0.5
 TEXT_WEIGHT: Final = 1.0

@@ -6,7 +6,7 @@ A step adapts the parameters to one attack family with a few inner steps on its 
 loss is, as in MLDG (arXiv 1710.03463), the mean of two: of the parameters before adaptation on the support
 prompts, and of the adapted ones on query prompts of the *other* families, so that what helps against one
 attack helps against those never seen. Without the first nothing holds the parameters that are served: they
-drift to where only the inner step is any good (docs/method.md). First order by default: the second loss's
+drift to where only the inner step is any good (docs/trials.md). First order by default: the second loss's
 gradient is taken at the adapted parameters as if they did not depend on the start (FOMAML). `erm` has no
 inner steps and draws from all families.
 """

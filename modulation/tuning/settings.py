@@ -55,7 +55,7 @@ Shares = Annotated[
 
 
 class TuningSettings(BaseModel):
-    """Defaults were chosen on validation families of the demo model's `tune` split (docs/method.md)."""
+    """Defaults were chosen on validation families of the demo model's `tune` split (docs/trials.md)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
