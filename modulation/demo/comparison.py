@@ -53,8 +53,9 @@ def compare(
     conditions: Mapping[str, Any],
     on_row: Callable[[str], object] = lambda _name: None,
 ) -> Results:
-    """Measure every row that `out` does not hold yet; `out` is written after each, so a run can go on. A row
-    of which no setting is within the limits is left out. `on_row` is told of each that begins, and of that.
+    """Measure every row that `out` does not hold yet; `out` is written after each, so a run can go on.
+    `on_row` is told of each that begins. A row of which no setting is within the limits has no figures but
+    says so, {"kind", "left_out": why}; `on_row` is told of that, too.
 
     `conditions` are plain JSON values, by name: all that rows with these names depend on.
     Raises DataError for a file that is not one of these results, or was measured under other conditions.
@@ -73,7 +74,7 @@ def compare(
                 results[row.name] = measure(bench, row, records)
             except NoSettingError as error:
                 on_row(f"{row.name}: left out. {error}")
-                continue
+                results[row.name] = {"kind": row.kind, "left_out": str(error)}
             text = json.dumps({"conditions": conditions, "rows": results}, indent=1) + "\n"
             write_whole(out, text.encode())
     return results
@@ -127,17 +128,25 @@ def _flat(conditions: Mapping[str, Any]) -> dict[str, Any]:
 def comparison_table(runs: Sequence[Results]) -> str:
     """A Markdown table: of each rate the mean over the seeds that have the row, its range, and the 95 %
     Wilson interval of their prompts together (as if masks were one and no two prompts had a topic); of
-    perplexity the mean."""
+    perplexity the mean. A row that was left out for some seeds has those of the others."""
     lines = [
         "| | seeds | ASR | over-refusal | benign correct | plain refused | perplexity |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(name for run in runs for name in run):
-        found = [run[name] for run in runs if name in run]
+    for name, found in _measured(runs).items():
+        if not found:
+            lines.append(f"| {name} | 0 | no setting within the limits | | | | |")
+            continue
         cells = [_cell([each["metrics"][metric] for each in found]) for metric in METRICS]
         cells.append(f"{mean(each['perplexity'] for each in found):.4f}")
         lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _measured(runs: Sequence[Results]) -> dict[str, list[dict[str, Any]]]:
+    """By name, in the order of the runs, the rows that have figures."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: [run[name] for run in runs if "metrics" in run.get(name, {})] for name in names}
 
 
 def _cell(found: Sequence[Rate]) -> str:
@@ -161,8 +170,9 @@ def save_plot(runs: Sequence[Results], path: Path) -> None:
     with rc_context({"svg.hashsalt": "neurontune", "svg.fonttype": "path", "font.size": 9.0}):
         figure = Figure(figsize=(8.6, 5.6), layout="constrained")
         axes = figure.subplots()
-        for name in dict.fromkeys(name for run in runs for name in run):
-            found = [run[name] for run in runs if name in run]
+        for name, found in _measured(runs).items():
+            if not found:
+                continue
             x, y = (_mean(found, metric) for metric in ("over_refusal", "asr"))
             colour, marker = _LOOKS[found[0]["kind"]]
             axes.scatter(x, y, color=colour, marker=marker, s=42, zorder=3)
