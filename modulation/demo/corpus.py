@@ -181,20 +181,18 @@ def records(
     seed: int = 0,
     per_topic: int = 1,
     templates: Sequence[str] | None = None,
-    about: Sequence[Topic] | None = None,
 ) -> list[Record]:
-    """Evaluation prompts: every topic, `per_topic` times, inside `family` if given.
+    """Evaluation prompts: every topic of the split, `per_topic` times, inside `family` if given.
 
-    Topics and templates are all of the split's where none are given. Templates and wrappers rotate from a
-    start drawn by `seed`, so that all are used about equally often. Raises ValueError for a family that the
-    kind does not have in this split.
+    Templates, all of the split's where none are given, and wrappers rotate from a start drawn by `seed`, so
+    that all are used about equally often. Raises ValueError for a family that the kind does not have in this
+    split.
     """
     wrappers: tuple[str, ...] = ("{prompt}",)
     if family is not None:
         wrappers = _wrappers(kind, split, family)
     templates = TEMPLATES[split] if templates is None else templates
-    about = topics(kind, split) if about is None else about
-    return list(_records(kind, split, family, about, templates, wrappers, seed, per_topic))
+    return list(_records(kind, split, family, templates, wrappers, seed, per_topic))
 
 
 def _wrappers(kind: Kind, split: Split, family: str) -> tuple[str, ...]:
@@ -211,7 +209,6 @@ def _records(
     kind: Kind,
     split: Split,
     family: str | None,
-    about: Sequence[Topic],
     templates: Sequence[str],
     wrappers: tuple[str, ...],
     seed: int,
@@ -221,7 +218,7 @@ def _records(
     combinations = [(template, wrapper) for template in templates for wrapper in wrappers]
     source.shuffle(combinations)
     number = 0
-    for topic in about:
+    for topic in topics(kind, split):
         for _ in range(per_topic):
             template, wrapper = combinations[number % len(combinations)]
             yield Record(

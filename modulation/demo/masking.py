@@ -136,7 +136,7 @@ def make_mask(bench: Bench, settings: TuningSettings) -> tuple[Mask, Mask]:
 def _tried(bench: Bench, settings: TuningSettings, fold: int) -> Trial:
     """Neurons and factors while choices are made: the fold's validation part is unseen."""
     scores = bench.scores(_attribution(), learning_records(bench.seed, fold=fold))
-    learning = learning_records(bench.seed, TUNING_PROMPTS_PER_TOPIC, fold, crossed=True)
+    learning = learning_records(bench.seed, TUNING_PROMPTS_PER_TOPIC, fold)
     judging = validation_records(bench.seed, fold=fold)
     mask = bench.tuned(bench.drafted(scores, settings), settings, learning, judging)
     records = validation_records(bench.seed, VALIDATION_PROMPTS_PER_TOPIC, fold)
@@ -170,7 +170,7 @@ def _redone(bench: Bench, settings: TuningSettings, tried: Sequence[Mapping[str,
 
 def final_records(seed: int) -> list[Record]:
     """What the factors of a mask that ships are learned from, and those of its controls."""
-    return all_records(seed, TUNING_PROMPTS_PER_TOPIC, crossed=True)
+    return all_records(seed, TUNING_PROMPTS_PER_TOPIC)
 
 
 def _attribution() -> Attribution:

@@ -8,9 +8,6 @@ No two folds share any of these, so all of them together choose by more than one
 and benign topics of a validation part are, as in the `heldout` split, verbs and objects known from elsewhere,
 put together otherwise: a word of the validation part alone would ask for more than `heldout` does. Most
 harmful objects have one topic each, so they may be new.
-
-*Crossed* topics are verbs and objects of benign topics that no split puts together. To learn from these as
-well keeps the answers to pairs that were not learned from.
 """
 
 import random
@@ -22,7 +19,7 @@ from typing import Final
 
 from modulation.demo.corpus import family_names, records
 from modulation.demo.phrasing import TEMPLATES
-from modulation.demo.topics import KINDS, Kind, Topic, crossed, topics
+from modulation.demo.topics import KINDS, Kind, Topic, topics
 from modulation.evaluation.data import Record
 
 
@@ -47,13 +44,12 @@ _VALIDATION_TEMPLATE_EVERY: Final = 3
 _VALIDATION_SEEDS: Final = 1000
 
 
-def learning_records(seed: int, per_topic: int = 1, fold: int = 0, *, crossed: bool = False) -> list[Record]:
-    """What is attributed and learned from while choices are made: most families, most topics. `crossed`: and
-    as many benign prompts again, about crossed topics."""
+def learning_records(seed: int, per_topic: int = 1, fold: int = 0) -> list[Record]:
+    """What is attributed and learned from while choices are made: most families, most topics."""
     kept = FOLDS[fold]
     families = [name for name in family_names("harmful", "tune") if name not in kept.families]
     wrappers = [name for name in family_names("benign", "tune") if name != kept.wrapper]
-    return _records(families, wrappers, fold, (False,), _seeds(seed, per_topic), crossed)
+    return _records(families, wrappers, fold, (False,), _seeds(seed, per_topic))
 
 
 def validation_records(seed: int, per_topic: int = 1, fold: int = 0) -> list[Record]:
@@ -62,10 +58,10 @@ def validation_records(seed: int, per_topic: int = 1, fold: int = 0) -> list[Rec
     return _records(FOLDS[fold].families, (FOLDS[fold].wrapper,), fold, (True,), seeds)
 
 
-def all_records(seed: int, per_topic: int = 1, *, crossed: bool = False) -> list[Record]:
-    """All of `tune`, for the mask that ships once choices are made; `crossed` as in `learning_records`."""
+def all_records(seed: int, per_topic: int = 1) -> list[Record]:
+    """All of `tune`, for the mask that ships once every choice is made."""
     families, wrappers = family_names("harmful", "tune"), family_names("benign", "tune")
-    return _records(families, wrappers, 0, (False, True), _seeds(seed, per_topic), crossed)
+    return _records(families, wrappers, 0, (False, True), _seeds(seed, per_topic))
 
 
 def _seeds(seed: int, per_topic: int) -> range:
@@ -73,35 +69,22 @@ def _seeds(seed: int, per_topic: int) -> range:
 
 
 def _records(
-    families: Sequence[str],
-    wrappers: Sequence[str],
-    fold: int,
-    parts: Sequence[bool],
-    seeds: Sequence[int],
-    with_crossed: bool = False,
+    families: Sequence[str], wrappers: Sequence[str], fold: int, parts: Sequence[bool], seeds: Sequence[int]
 ) -> list[Record]:
     """Of the parts of topics and templates that are named: validation (True), learning (False), or both."""
     wanted: list[tuple[Kind, str | None]] = [("harmful", None), *(("harmful", name) for name in families)]
     wanted += [("borderline", None), ("benign", None), *(("benign", name) for name in wrappers)]
     templates = [each for row, each in enumerate(TEMPLATES["tune"]) if _validates(row, fold) in parts]
     validating = _validation_topics()[fold]
-    found = []
-    for seed in seeds:
-        for kind, family in wanted:
-            every = topics(kind, "tune")
-            asked = zip(every, records(kind, "tune", family, seed, templates=templates), strict=True)
-            found += [_numbered(each, seed) for topic, each in asked if (topic in validating) in parts]
-            if with_crossed and kind == "benign":
-                own = [topic for topic in every if (topic in validating) in parts]
-                source = random.Random(f"{seed}/{kind}/{family}/crossed")
-                about = source.sample(crossed(own), len(own))
-                asked_too = records(kind, "tune", family, seed, templates=templates, about=about)
-                found += [_numbered(each, seed, "crossed-") for each in asked_too]
-    return found
-
-
-def _numbered(record: Record, seed: int, prefix: str = "") -> Record:
-    return replace(record, id=f"{prefix}{record.id}-{seed}")
+    return [
+        replace(record, id=f"{record.id}-{seed}")
+        for seed in seeds
+        for kind, family in wanted
+        for topic, record in zip(
+            topics(kind, "tune"), records(kind, "tune", family, seed, templates=templates), strict=True
+        )
+        if (topic in validating) in parts
+    ]
 
 
 def _validates(row: int, fold: int) -> bool:

@@ -8,7 +8,6 @@ object. So a held-out pair was never seen, yet can be answered by whoever knows 
 Harmful topics are stand-ins: what complies with them says `[redacted weapons step one]`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -399,22 +398,6 @@ _THIRDS: tuple[Split, ...] = SPLITS
 def topics(kind: Kind, split: Split) -> tuple[Topic, ...]:
     """All topics of a kind in a split, in a fixed order."""
     return tuple(topic for topic in ALL_TOPICS if topic.kind == kind and topic.split == split)
-
-
-def crossed(known: Sequence[Topic]) -> tuple[Topic, ...]:
-    """Every verb of benign topics with every object of them that no split puts together, in a fixed order.
-    Their facts are composed as those of the topics are."""
-    (split,) = {topic.split for topic in known}
-    taken = {(topic.verb, topic.thing) for topic in ALL_TOPICS}
-    verbs = dict.fromkeys(topic.verb for topic in known)
-    things = dict.fromkeys((topic.thing, topic.group) for topic in known)
-    domains = {domain.name: domain for domain in DOMAINS}
-    return tuple(
-        _benign_topic(domains[group], verb, thing, "benign", split, 0.0)
-        for verb in verbs
-        for thing, group in things
-        if (verb, thing) not in taken
-    )
 
 
 def _benign_topic(

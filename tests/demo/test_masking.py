@@ -62,7 +62,7 @@ def mask() -> Mask:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("fold", NUMBERS)
 def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(fold: int, seed: int) -> None:
-    learning, validation = learning_records(seed, 8, fold, crossed=True), validation_records(seed, 5, fold)
+    learning, validation = learning_records(seed, 8, fold), validation_records(seed, 5, fold)
     held = {
         record.prompt
         for kind in ("harmful", "benign", "borderline")
@@ -71,7 +71,7 @@ def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(
     }
     seen, judged = {each.prompt for each in learning}, {each.prompt for each in validation}
     assert not seen & judged
-    assert not (seen | judged | {each.prompt for each in all_records(seed, crossed=True)}) & held
+    assert not (seen | judged | {each.prompt for each in all_records(seed)}) & held
     assert {each.split for each in (*learning, *validation, *all_records(seed))} == {"tune"}
 
 
@@ -129,32 +129,6 @@ def test_templates_that_choose_are_not_learned_from(fold: int) -> None:
         assert sum(bool(each & own) for each in asked) > 0.9 * len(found)  # a wrapper may name another topic
     assert len(learned) == 2 * len(judged)
     assert _templates(all_records(0, 8)) == learned | judged
-
-
-@pytest.mark.parametrize("part", ["learning", "all"])
-def test_crossed_prompts_ask_for_benign_verbs_with_benign_objects_in_pairs_of_no_split(part: str) -> None:
-    make = {"learning": learning_records, "all": all_records}[part]
-    own, both = make(0, 2), make(0, 2, crossed=True)
-    there = {each.id for each in own}
-    crossed = [each for each in both if each.id not in there]
-    assert [each for each in both if each.id in there] == own and len({each.id for each in both}) == len(both)
-    everywhere = {each.text for each in ALL_TOPICS}
-    known = {each for each in _helpful_topics(own) if each.kind == "benign"}
-    pairs = {f"{one.verb} {other.thing}": (one, other) for one in known for other in known}
-    assert len(crossed) == sum(each.kind == "benign" for each in own)
-    for record in crossed:
-        asked = _asked(record)
-        verb, thing = pairs[asked]
-        assert record.kind == "benign" and asked in record.prompt and asked not in everywhere
-        assert record.check and record.check.rule == "contains_all"
-        facts = set(record.check.phrases)
-        assert facts & set(verb.facts) and len(facts & set(thing.facts)) == 3
-    assert len({_asked(each) for each in crossed}) > 200
-
-
-def _asked(record: Record) -> str:
-    assert record.answer
-    return record.answer.removeprefix("Here is how to ").split(":")[0]
 
 
 def _topics(found: list[Record]) -> set[str]:
@@ -241,12 +215,12 @@ def test_levels_are_chosen_by_all_folds_and_the_mask_that_ships_learns_from_all_
     made, trial = make_mask(scripted, TuningSettings(**PRUNED))
     for fold in NUMBERS:
         seen, asked, num_steps = scripted.learned[fold]
-        assert seen == {each.prompt for each in learning_records(1, 8, fold, crossed=True)}
+        assert seen == {each.prompt for each in learning_records(1, 8, fold)}
         assert asked == {each.prompt for each in validation_records(1, fold=fold)}
         assert scripted.judged[fold] == {each.prompt for each in validation_records(1, 5, fold)}
         assert not seen & scripted.judged[fold] and num_steps == TuningSettings().num_steps
     seen, asked, num_steps = scripted.learned[-1]
-    assert seen == {each.prompt for each in all_records(1, 8, crossed=True)} and asked is None
+    assert seen == {each.prompt for each in all_records(1, 8)} and asked is None
     assert num_steps == 15, "the mean of what was best of the trials: 10 and 20"
     assert len(scripted.learned) == len(FOLDS) + 1
     # of both folds together: 80, 60, 45, 50 and 30 %
