@@ -159,9 +159,7 @@ def mask(
     option: TuningOptions = None,
     trial_out: Annotated[
         Path | None,
-        typer.Option(
-            help="File for the trial mask of the first fold, to which its validation part is unseen."
-        ),
+        typer.Option(help="File for the mask that choices were made by."),
     ] = None,
 ) -> None:
     """Make the demo model's mask by the whole method, on the tune split."""
@@ -234,9 +232,8 @@ def _tuning_seed(mask: Mask, path: Path) -> int:
 
 
 def _settings_asked_for(mask: Mask, path: Path) -> TuningSettings:
-    """Those of the mask itself have as their steps the best of several validations of its trials."""
-    trials = mask.metadata.method.get("trials")
-    asked = trials[0] if trials else mask.metadata.method.get("tuning")
+    """Those of the mask itself have as their steps the best of several validations of its trial."""
+    asked = mask.metadata.method.get("validation", mask.metadata.method.get("tuning"))
     settings = asked.get("settings") if isinstance(asked, dict) else None
     if not isinstance(settings, dict):
         raise _untold(path, "settings")

@@ -128,7 +128,8 @@ def _flat(conditions: Mapping[str, Any]) -> dict[str, Any]:
 def comparison_table(runs: Sequence[Results]) -> str:
     """A Markdown table: of each rate the mean over the seeds that have the row, its range, and the 95 %
     Wilson interval of their prompts together (as if masks were one and no two prompts had a topic); of
-    perplexity the mean. A row that was left out for some seeds has those of the others."""
+    perplexity the mean. A row without figures is in it, too, and says
+    for how many seeds it was left out if it has some."""
     lines = [
         "| | seeds | ASR | over-refusal | benign correct | plain refused | perplexity |",
         "|---|---|---|---|---|---|---|",
@@ -137,16 +138,20 @@ def comparison_table(runs: Sequence[Results]) -> str:
         if not found:
             lines.append(f"| {name} | 0 | no setting within the limits | | | | |")
             continue
+        left_out = sum("left_out" in run.get(name, {}) for run in runs)
+        seeds = f"{len(found)}, left out for {left_out}" if left_out else f"{len(found)}"
         cells = [_cell([each["metrics"][metric] for each in found]) for metric in METRICS]
         cells.append(f"{mean(each['perplexity'] for each in found):.4f}")
-        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _measured(runs: Sequence[Results]) -> dict[str, list[dict[str, Any]]]:
     """By name, in the order of the runs, the rows that have figures."""
     names = dict.fromkeys(name for run in runs for name in run)
-    return {name: [run[name] for run in runs if "metrics" in run.get(name, {})] for name in names}
+    return {
+        name: [run[name] for run in runs if name in run and "left_out" not in run[name]] for name in names
+    }
 
 
 def _cell(found: Sequence[Rate]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from modulation.demo.corpus import family_names, records
 from modulation.demo.masking import TUNING_PROMPTS_PER_TOPIC, Bench, examples
 from modulation.demo.splits import (
-    FOLDS,
+    VALIDATION_FAMILIES,
     all_records,
     learning_records,
     validation_records,
@@ -56,10 +56,10 @@ def adaptations(
     on_done: Callable[[str], object] = lambda _family: None,
 ) -> list[Adapted]:
     """Every family of the split, from the learned factors and from factors of 1, at `security-critical`. Of
-    the `tune` split only the first fold's validation families are new, to its trial mask."""
+    the `tune` split only the validation families are new, to a mask that choices are made by."""
     borderline = _borderline(split, bench.seed)
     others = _others(split, bench.seed)
-    every = FOLDS[0].families if split == "tune" else family_names("harmful", split)
+    every = VALIDATION_FAMILIES if split == "tune" else family_names("harmful", split)
     found = []
     for family in families or every:
         shots, rest = _parted(records("harmful", split, family, bench.seed), bench.seed)

@@ -1,13 +1,12 @@
 """The demo model's mask by the whole method, on the `tune` split alone.
 
-Knows the folds of the split, attribution, tuning and levels. Knows nothing of the `heldout` split, and
-nothing of commands. Every choice is made on the folds' validation parts (cross-validation); then the neurons
-are attributed and their factors learned anew on all of `tune`, for as many steps as were best.
+Knows the parts of the split, attribution, tuning and levels. Knows nothing of the `heldout` split, and
+nothing of commands. Every choice is made on the validation part; then the neurons are attributed and
+their factors learned anew on all of `tune`, for as many steps as were best.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -18,12 +17,11 @@ from modulation.attribution.base import Attribution, AttributionData, Scores
 from modulation.attribution.examples import attribution_data, digest
 from modulation.attribution.methods import DEFAULT_METHOD, default_options, with_options
 from modulation.demo.phrasing import REFUSALS
-from modulation.demo.splits import FOLDS, all_records, learning_records, validation_records
+from modulation.demo.splits import all_records, learning_records, validation_records
 from modulation.evaluation.data import Record
 from modulation.levels import Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from modulation.tuning.curve import Point, pooled_points
 from modulation.tuning.drafting import counts, draft, first_neurons, stage_sizes
 from modulation.tuning.leveling import measured_points, with_levels
 from modulation.tuning.runs import TuningRun, tune
@@ -62,28 +60,24 @@ class Bench:
         """A mask of the top neurons, or of those to prune from, with factors of 1."""
         return draft(self.model, MODEL_ID, *first_neurons(scores, self._sizes(settings)), **metadata)
 
-    def tuned(
-        self,
-        mask: Mask,
-        settings: TuningSettings,
-        records: Sequence[Record],
-        validation: Sequence[Record] | None = None,
-    ) -> Mask:
-        """What `drafted` made with these settings, pruned if they say so, with learned factors; `validation`,
-        where there is one, decides when to stop."""
+    def tuned(self, mask: Mask, settings: TuningSettings, records: Sequence[Record], judged: bool) -> Mask:
+        """What `drafted` made with these settings, pruned if they say so, with learned factors; `judged`: the
+        validation part decides when to stop."""
+        validation = examples(validation_records(self.seed)) if judged else None
         run = TuningRun(settings, self.seed, self._sizes(settings)[1:])
         return tune(
             self.model,
             self.tokenizer,
             examples(records),
-            None if validation is None else examples(validation),
+            validation,
             mask,
             run,
             on_step=lambda step, total, _loss, _validation: self._told("tuning", step, total),
         ).mask
 
-    def curve(self, mask: Mask, records: Sequence[Record]) -> list[Point]:
-        """What the records measure at every threshold of the sweep."""
+    def leveled(self, mask: Mask) -> Mask:
+        """The mask with the levels that the rule chooses on the validation part."""
+        records = validation_records(self.seed, VALIDATION_PROMPTS_PER_TOPIC)
         done = 0
 
         def count(number: int) -> None:
@@ -91,7 +85,8 @@ class Bench:
             done += number
             self._told("levels", done, 0)
 
-        return measured_points(Modulator(self.model, mask), self.tokenizer, mask, records, count)
+        points = measured_points(Modulator(self.model, mask), self.tokenizer, mask, records, count)
+        return with_levels(mask, points, records, "tune split, validation part", allow_less_safe=True)
 
     def _sizes(self, settings: TuningSettings) -> tuple[Threshold, ...]:
         final = Threshold(*counts(self.model, ACTIVE_SHARE))
@@ -101,80 +96,55 @@ class Bench:
         self.on_progress(what, done, total)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A mask to which a fold's validation part is unseen, and its curve there."""
-
-    mask: Mask
-    records: Sequence[Record]
-    points: Sequence[Point]
-
-    @property
-    def tuning(self) -> dict[str, Any]:
-        """What the mask says of how its factors were learned."""
-        return dict(self.mask.metadata.method["tuning"])
-
-
 def make_mask(bench: Bench, settings: TuningSettings) -> tuple[Mask, Mask]:
-    """Attribute and learn for each fold, choose the levels by all of their validation parts together; then
-    attribute and learn anew on all of `tune`.
+    """Attribute, learn, choose the levels; then attribute and learn anew on all of `tune`.
 
-    Returns the mask, and the trial mask of the first fold with the levels chosen. Deterministic for a seed up
-    to the rounding of the machine's arithmetic.
+    Returns the mask, and the trial: what choices were made with, to which the validation families are
+    still unseen. Deterministic for a seed up to the rounding of the machine's arithmetic.
     """
-    trials = [_tried(bench, settings, fold) for fold in range(len(FOLDS))]
-    points = pooled_points([each.points for each in trials])
-    records = [record for each in trials for record in each.records]
-
-    def leveled(mask: Mask) -> Mask:
-        source = "tune split, validation parts"
-        return with_levels(mask, points, records, source, allow_less_safe=True)
-
-    return leveled(_redone(bench, settings, [each.tuning for each in trials])), leveled(trials[0].mask)
+    trial = chosen_mask(bench, with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD)), settings)
+    return _redone(bench, settings, trial), trial
 
 
-def _tried(bench: Bench, settings: TuningSettings, fold: int) -> Trial:
-    """Neurons and factors while choices are made: the fold's validation part is unseen."""
-    scores = bench.scores(_attribution(), learning_records(bench.seed, fold=fold))
-    learning = learning_records(bench.seed, TUNING_PROMPTS_PER_TOPIC, fold)
-    judging = validation_records(bench.seed, fold=fold)
-    mask = bench.tuned(bench.drafted(scores, settings), settings, learning, judging)
-    records = validation_records(bench.seed, VALIDATION_PROMPTS_PER_TOPIC, fold)
-    return Trial(mask, records, bench.curve(mask, records))
-
-
-def _redone(bench: Bench, settings: TuningSettings, tried: Sequence[Mapping[str, Any]]) -> Mask:
-    """Learned on all of `tune`, for as many steps as were best in the mean of the trials."""
-    num_steps = max(1, round(mean(int(each["num_steps"]) for each in tried)))
+def _redone(bench: Bench, settings: TuningSettings, trial: Mask) -> Mask:
+    method = with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD))
+    steps = int(trial.metadata.method["tuning"]["num_steps"])
     records = all_records(bench.seed)
     redone = bench.drafted(
-        bench.scores(_attribution(), records),
+        bench.scores(method, records),
         settings,
         method={"attribution": {"method": DEFAULT_METHOD, "options": default_options(DEFAULT_METHOD)}},
         data_digests={"attribution": digest(examples(records))},
     )
     final = bench.tuned(
         redone,
-        settings.model_copy(update={"num_steps": num_steps}),
-        final_records(bench.seed),
+        settings.model_copy(update={"num_steps": max(1, steps)}),
+        all_records(bench.seed, TUNING_PROMPTS_PER_TOPIC),
+        judged=False,
     )
-    told = {
-        "chosen": "levels, and of several validations the best step, on the validation parts of all folds, "
-        "each with neurons and factors of its learning part; those in the mask are attributed and learned "
-        "anew on all of the tune split",
-        "trials": list(tried),
-    }
-    method = {**final.metadata.method, **told}
-    return replace(final, metadata=final.metadata.model_copy(update={"method": method}))
+    metadata = final.metadata.model_copy(
+        update={
+            "levels": trial.metadata.levels,
+            "evaluation": trial.metadata.evaluation,
+            "method": {
+                **final.metadata.method,
+                "rule": trial.metadata.method["rule"],
+                "chosen": "levels, and of several validations the best step, on the validation part, with "
+                "neurons and factors of the learning part; those in the mask are attributed and learned anew "
+                "on all of the tune split",
+                "validation": trial.metadata.method["tuning"],
+            },
+            "data_digests": {**trial.metadata.data_digests, **final.metadata.data_digests},
+        }
+    )
+    return replace(final, metadata=metadata)
 
 
-def final_records(seed: int) -> list[Record]:
-    """What the factors of a mask that ships are learned from, and those of its controls."""
-    return all_records(seed, TUNING_PROMPTS_PER_TOPIC)
-
-
-def _attribution() -> Attribution:
-    return with_options(DEFAULT_METHOD, default_options(DEFAULT_METHOD))
+def chosen_mask(bench: Bench, method: Attribution, settings: TuningSettings) -> Mask:
+    """Neurons, factors and levels while choices are made: the validation families are unseen."""
+    scores = bench.scores(method, learning_records(bench.seed))
+    learning = learning_records(bench.seed, TUNING_PROMPTS_PER_TOPIC)
+    return bench.leveled(bench.tuned(bench.drafted(scores, settings), settings, learning, judged=True))
 
 
 def examples(records: Sequence[Record]) -> AttributionData:

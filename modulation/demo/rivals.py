@@ -17,7 +17,7 @@ from typing import Any, Final
 from modulation.attribution.base import Scores
 from modulation.attribution.methods import DEFAULT_METHOD, default_options, with_options
 from modulation.attribution.selection import ranked_sets
-from modulation.demo.masking import ACTIVE_SHARE, Bench, examples, final_records, whole
+from modulation.demo.masking import ACTIVE_SHARE, TUNING_PROMPTS_PER_TOPIC, Bench, examples, whole
 from modulation.demo.splits import all_records, learning_records, validation_records
 from modulation.evaluation.data import Record
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
@@ -111,8 +111,9 @@ class Rivals:
         """Of neurons with these scores, learned (and pruned) on all of `tune` for as many steps as ours."""
         steps = int(self.ours.metadata.method["tuning"]["num_steps"])
         settings = self.settings.model_copy(update={"num_steps": steps, **changes})
+        records = all_records(self.bench.seed, TUNING_PROMPTS_PER_TOPIC)
         drafted = self.bench.drafted(scores, settings)
-        tuned = self.bench.tuned(drafted, settings, final_records(self.bench.seed))
+        tuned = self.bench.tuned(drafted, settings, records, judged=False)
         return self._at(tuned, whole(tuned))
 
     def _unpruned(self, scores: Scores) -> tuple[Applied, str]:

@@ -96,24 +96,3 @@ def count_verdicts(records: Sequence[Record], verdicts: Sequence[Verdict | None]
     if len(judged) < len(records):
         metrics["unjudged"] = rate(v is None for v in verdicts)
     return metrics
-
-
-def pooled(found: Sequence[Metrics]) -> Metrics:
-    """The metrics of several groups of records as if they were one. A metric that a group has not is that of
-    the others."""
-
-    def together(rates: Iterable[Rate]) -> Rate:
-        counted = list(rates)
-        return rate_of_counts(sum(each["count"] for each in counted), sum(each["total"] for each in counted))
-
-    pool = Metrics()
-    for name in ("asr", "over_refusal", "benign_correct", "refusal_plain", "unjudged"):
-        if rates := [each[name] for each in found if name in each]:
-            pool[name] = together(rates)
-    by_family = [each["asr_by_family"] for each in found if "asr_by_family" in each]
-    if by_family:
-        pool["asr_by_family"] = {
-            name: together(each[name] for each in by_family if name in each)
-            for name in dict.fromkeys(name for each in by_family for name in each)
-        }
-    return pool

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from modulation.errors import DataError, LevelError
-from modulation.evaluation.metrics import Metrics, pooled
+from modulation.evaluation.metrics import Metrics
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, ZERO, Threshold
 
 SAFETY_SHARES: Final = (0.1, 0.2, 0.35, 0.5, 0.75, 0.875, 1.0)
@@ -97,13 +97,6 @@ def sweep(measure: Measured, thresholds: Sequence[Threshold]) -> list[Point]:
             )
         points.append(Point(threshold, metrics))
     return points
-
-
-def pooled_points(curves: Sequence[Sequence[Point]]) -> list[Point]:
-    """One curve of several over the same thresholds, each threshold's prompts counted together."""
-    rows = list(zip(*curves, strict=True))
-    assert all(each.threshold == row[0].threshold for row in rows for each in row), "other thresholds"
-    return [Point(row[0].threshold, pooled([each.metrics for each in row])) for row in rows]
 
 
 def choose(points: Sequence[Point], *, allow_less_safe: bool = False) -> dict[str, Point]:

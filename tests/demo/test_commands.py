@@ -98,10 +98,10 @@ def test_compare_refuses_a_row_that_there_is_not(tmp_path: Path) -> None:
     [
         (lambda metadata: metadata.seeds.pop("tuning"), "does not say by what seed it was"),
         (
-            lambda metadata: metadata.method.update(trials=[{}]),
+            lambda metadata: metadata.method["validation"].pop("settings"),
             "does not say by what settings it was",
         ),
-        (lambda metadata: metadata.method.update(trials=[{"settings": {"gone": 3}}]), "tuned with gone too"),
+        (lambda metadata: metadata.method["validation"]["settings"].update(gone=3), "tuned with gone too"),
     ],
     ids=["no seed", "no settings", "a setting that is no more"],
 )
@@ -119,7 +119,7 @@ def test_compare_needs_a_mask_that_says_how_it_was_made(
 
 def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask.load(MASK_FILE)
-    mask.metadata.method["trials"] = [{"settings": {"gone_since": 3}}]
+    mask.metadata.method["validation"]["settings"] |= {"gone_since": 3}
     mask.metadata.method["tuning"]["settings"] |= {
         **{"support_size": 7, "gone_since": 3, "attacked_margin": 2.0, "borderline_weight": 0.0}
     }

@@ -1,6 +1,5 @@
 """The demo mask's recipe: what it may read, and how its rivals are measured beside it."""
 
-import itertools
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,18 +14,11 @@ from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.demo.comparison import compare, comparison_table, read_comparable, save_plot
 from modulation.demo.corpus import family_names, records
 from modulation.demo.fewshot import NUM_SHOTS, adaptations
-from modulation.demo.masking import (
-    ACTIVE_SHARE,
-    PRUNED,
-    TUNING_PROMPTS_PER_TOPIC,
-    Bench,
-    examples,
-    make_mask,
-)
+from modulation.demo.masking import ACTIVE_SHARE, PRUNED, TUNING_PROMPTS_PER_TOPIC, Bench, examples
 from modulation.demo.phrasing import TEMPLATES
 from modulation.demo.rivals import FIXED_METHODS, Rivals, Row, with_random_neurons
 from modulation.demo.splits import (
-    FOLDS,
+    VALIDATION_FAMILIES,
     all_records,
     learning_records,
     validation_records,
@@ -34,17 +26,14 @@ from modulation.demo.splits import (
 from modulation.demo.topics import ALL_TOPICS, Kind, Split, Topic, topics
 from modulation.errors import DataError
 from modulation.evaluation.data import Record
-from modulation.evaluation.metrics import Metrics, rate_of_counts
 from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask
 from modulation.rivals.choice import NoSettingError
-from modulation.tuning.curve import Point, grid
 from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import TuningSettings
 
 HELPFUL: tuple[Kind, ...] = ("borderline", "benign")
-NUMBERS = range(len(FOLDS))
 TEXTS = sorted((each.text for each in ALL_TOPICS), key=len, reverse=True)
 
 
@@ -60,9 +49,8 @@ def mask() -> Mask:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("fold", NUMBERS)
-def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(fold: int, seed: int) -> None:
-    learning, validation = learning_records(seed, 8, fold), validation_records(seed, 5, fold)
+def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(seed: int) -> None:
+    learning, validation = learning_records(seed, 8), validation_records(seed, 5)
     held = {
         record.prompt
         for kind in ("harmful", "benign", "borderline")
@@ -75,29 +63,16 @@ def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(
     assert {each.split for each in (*learning, *validation, *all_records(seed))} == {"tune"}
 
 
-@pytest.mark.parametrize("fold", NUMBERS)
-def test_the_validation_families_are_not_learned_from_while_choices_are_made(fold: int) -> None:
-    learned = {each.family for each in learning_records(0, fold=fold) if each.kind == "harmful"}
-    judged = {each.family for each in validation_records(0, fold=fold) if each.kind == "harmful"}
-    assert judged == {None, *FOLDS[fold].families}
-    assert not learned & set(FOLDS[fold].families)
+def test_the_validation_families_are_not_learned_from_while_choices_are_made() -> None:
+    learned = {each.family for each in learning_records(0) if each.kind == "harmful"}
+    judged = {each.family for each in validation_records(0) if each.kind == "harmful"}
+    assert judged == {None, *VALIDATION_FAMILIES}
+    assert not learned & set(VALIDATION_FAMILIES)
     assert learned | judged == {None, *family_names("harmful", "tune")}
 
 
-def test_folds_judge_by_other_families_topics_templates_and_wrappers() -> None:
-    parts = [validation_records(0, 5, fold) for fold in NUMBERS]
-    for one, other in itertools.combinations(parts, 2):
-        for found in (_topics, _templates, lambda part: {each.family for each in part} - {None}):
-            assert found(one) and found(one).isdisjoint(found(other))
-
-
-@pytest.mark.parametrize("fold", NUMBERS)
-def test_words_of_the_borderline_and_benign_prompts_that_choose_are_known_as_those_of_heldout_are(
-    fold: int,
-) -> None:
-    learned, judged = (
-        _helpful_topics(part) for part in (learning_records(0, fold=fold), validation_records(0, fold=fold))
-    )
+def test_words_of_the_borderline_and_benign_prompts_that_choose_are_known_as_those_of_heldout_are() -> None:
+    learned, judged = _helpful_topics(learning_records(0)), _helpful_topics(validation_records(0))
     tune, heldout = (
         {each for kind in HELPFUL for each in topics(kind, split)} for split in ("tune", "heldout")
     )
@@ -109,17 +84,13 @@ def test_words_of_the_borderline_and_benign_prompts_that_choose_are_known_as_tho
         assert sum(each.kind == kind for each in judged) == round(len(topics(kind, "tune")) / 4)
 
 
-@pytest.mark.parametrize("fold", NUMBERS)
-def test_templates_that_choose_are_not_learned_from(fold: int) -> None:
+def test_templates_that_choose_are_not_learned_from() -> None:
     """A record's template stands in its prompt as it is, but for the topic."""
-    learned, judged = (
-        _templates(learning_records(0, 8, fold)),
-        _templates(validation_records(0, 5, fold)),
-    )
+    learned, judged = _templates(learning_records(0, 8)), _templates(validation_records(0, 5))
     assert learned.isdisjoint(judged) and learned | judged == set(TEMPLATES["tune"])
     for found, own, others in (
-        (learning_records(0, fold=fold), learned, judged),
-        (validation_records(0, fold=fold), judged, learned),
+        (learning_records(0), learned, judged),
+        (validation_records(0), judged, learned),
     ):
         asked = [
             {each for each in TEMPLATES["tune"] if each.format(topic=_topic(record)) in record.prompt}
@@ -129,10 +100,6 @@ def test_templates_that_choose_are_not_learned_from(fold: int) -> None:
         assert sum(bool(each & own) for each in asked) > 0.9 * len(found)  # a wrapper may name another topic
     assert len(learned) == 2 * len(judged)
     assert _templates(all_records(0, 8)) == learned | judged
-
-
-def _topics(found: list[Record]) -> set[str]:
-    return {_topic(each) for each in found if each.family is None}
 
 
 def _templates(found: list[Record]) -> set[str]:
@@ -161,78 +128,12 @@ def test_the_shipped_mask_activates_at_most_two_percent_and_says_how_it_came_abo
     total = mask.metadata.num_layers * mask.metadata.neurons_per_layer
     assert len(mask.safety) + len(mask.utility) <= ACTIVE_SHARE * total < 0.02 * total
     assert set(mask.metadata.levels) == {SECURITY_CRITICAL, BALANCED, UTILITY_PRIORITY}
-    assert {"attribution", "tuning", "rule"} <= set(mask.metadata.method)
+    assert {"attribution", "tuning", "rule", "validation"} <= set(mask.metadata.method)
     evaluation = mask.metadata.evaluation
     assert set(evaluation["levels"]) == {"off", *mask.metadata.levels}
     assert len(evaluation["curve"]) > 3
     off, critical = (evaluation["levels"][name]["asr"]["rate"] for name in ("off", SECURITY_CRITICAL))
     assert critical < 0.5 * off
-
-
-@dataclass(frozen=True)
-class Scripted(Bench):
-    """Finds random scores, keeps every factor, and measures what the fold's `rates` say: the first threshold
-    has the first rate."""
-
-    rates: tuple[tuple[float, ...], ...] = ()
-    learned: list[tuple[set[str], set[str] | None, int]] = field(default_factory=list)
-    judged: list[set[str]] = field(default_factory=list)
-
-    def scores(self, *_: object) -> Scores:
-        return Scores(*torch.rand(2, 6, 640, generator=torch.Generator().manual_seed(0)))
-
-    def tuned(  # type: ignore[override]
-        self,
-        mask: Mask,
-        settings: TuningSettings,
-        records: list[Record],
-        validation: list[Record] | None = None,
-    ) -> Mask:
-        asked = None if validation is None else {each.prompt for each in validation}
-        self.learned.append(({each.prompt for each in records}, asked, settings.num_steps))
-        tuning = {"num_steps": 10 * len(self.learned), "settings": settings.model_dump(mode="json")}
-        method = {**mask.metadata.method, "tuning": tuning}
-        return replace(mask, metadata=mask.metadata.model_copy(update={"method": method}))
-
-    def curve(self, mask: Mask, records: list[Record]) -> list[Point]:  # type: ignore[override]
-        self.judged.append({each.prompt for each in records})
-        rates = self.rates[len(self.judged) - 1]
-        thresholds = grid(mask.levels.maximum)[: len(rates)]
-        return [Point(each, _metrics(rate)) for each, rate in zip(thresholds, rates, strict=True)]
-
-
-def _metrics(asr: float) -> Metrics:
-    fixed = {"over_refusal": 10, "benign_correct": 100, "refusal_plain": 100}
-    return Metrics(
-        asr=rate_of_counts(round(100 * asr), 100),
-        **{name: rate_of_counts(count, 100) for name, count in fixed.items()},  # type: ignore[typeddict-item]
-    )
-
-
-def test_levels_are_chosen_by_all_folds_and_the_mask_that_ships_learns_from_all_of_tune(bench: Bench) -> None:
-    rates = ((0.8, 0.6, 0.2, 0.5, 0.4), (0.8, 0.6, 0.7, 0.5, 0.2))
-    scripted = Scripted(bench.model, bench.tokenizer, seed=1, rates=rates)
-    made, trial = make_mask(scripted, TuningSettings(**PRUNED))
-    for fold in NUMBERS:
-        seen, asked, num_steps = scripted.learned[fold]
-        assert seen == {each.prompt for each in learning_records(1, 8, fold)}
-        assert asked == {each.prompt for each in validation_records(1, fold=fold)}
-        assert scripted.judged[fold] == {each.prompt for each in validation_records(1, 5, fold)}
-        assert not seen & scripted.judged[fold] and num_steps == TuningSettings().num_steps
-    seen, asked, num_steps = scripted.learned[-1]
-    assert seen == {each.prompt for each in all_records(1, 8)} and asked is None
-    assert num_steps == 15, "the mean of what was best of the trials: 10 and 20"
-    assert len(scripted.learned) == len(FOLDS) + 1
-    # of both folds together: 80, 60, 45, 50 and 30 %
-    thresholds = grid(made.levels.maximum)
-    assert made.levels.named[SECURITY_CRITICAL] == thresholds[4]
-    assert made.levels.named[BALANCED] == thresholds[2]
-    assert made.levels.named == trial.levels.named
-    assert [each["metrics"]["asr"]["count"] for each in made.metadata.evaluation["curve"]] == [
-        *(160, 120, 90, 100, 60),
-    ]
-    assert [each["num_steps"] for each in made.metadata.method["trials"]] == [10, 20]
-    assert made.metadata.method["attribution"]["method"] == "attack_aware"
 
 
 def test_every_method_and_rival_has_a_row(bench: Bench, mask: Mask) -> None:
@@ -347,7 +248,7 @@ def test_a_rival_without_a_setting_within_the_limits_is_left_out(bench: Bench, t
         "it is not tried again"
     )
     other = {"rash": found["one"], "one": found["one"]}
-    assert comparison_table([found, other]).splitlines()[2].startswith("| rash | 1 | ")
+    assert comparison_table([found, other]).splitlines()[2].startswith("| rash | 1, left out for 1 | ")
     save_plot([found], tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
@@ -420,11 +321,11 @@ def test_adaptation_measures_prompts_that_it_was_not_given(
     assert answers[0].isdisjoint(answers[1]), "no topic is in both"
 
 
-def test_on_tune_only_the_first_folds_validation_families_are_adapted_to(
+def test_on_tune_only_the_validation_families_are_adapted_to(
     bench: Bench, mask: Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modulation.demo.fewshot._adapted", lambda _bench, begun, *_: begun)
     monkeypatch.setattr("modulation.demo.fewshot._measured", lambda *_: {"asr": {}, "over_refusal": {}})
     run = AdaptationRun(TuningSettings(), 1)
     found = {each.family for each in adaptations(bench, mask, "tune", run)}
-    assert found == set(FOLDS[0].families)
+    assert found == set(VALIDATION_FAMILIES)

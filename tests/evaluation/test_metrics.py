@@ -6,7 +6,7 @@ import random
 import pytest
 
 from modulation.evaluation.data import Check, Record
-from modulation.evaluation.metrics import evaluate_answers, pooled, rate
+from modulation.evaluation.metrics import evaluate_answers, rate
 from modulation.evaluation.report import table
 
 CONTAINS = Check("contains_all", ("a brush", "20 minutes"))
@@ -103,24 +103,3 @@ def test_the_table_shows_rate_counts_and_interval_in_aligned_columns() -> None:
     assert len({len(line) for line in lines}) == 1
     assert "50.0 %" in lines[2] and "2/4" in lines[2] and "15.0 % to 85.0 %" in lines[2]
     assert lines[3].split("|")[1].strip() == "not measured"
-
-
-def test_groups_pooled_are_measured_as_if_they_were_one() -> None:
-    source = random.Random(4)
-
-    def group(size: int, families: tuple[str, ...]) -> tuple[list[Record], list[str]]:
-        kinds = [("harmful", family, REFUSES) for family in (None, *families)]
-        kinds += [("borderline", None, CONTAINS), ("benign", None, CONTAINS)]
-        records = [Record(str(n), "p", *source.choice(kinds[:2] + kinds)) for n in range(size)]  # type: ignore[arg-type]
-        return records, [source.choice((HELPED, COMPLIED, REFUSED)) for _ in records]
-
-    groups = [group(60, ("json", "fiction")), group(45, ("fiction", "debate")), group(20, ("reward",))]
-    together = evaluate_answers(*([each for group in groups for each in group[part]] for part in (0, 1)))  # type: ignore[arg-type]
-    assert pooled([evaluate_answers(*each) for each in groups]) == together
-
-
-def test_a_metric_that_a_group_has_not_is_that_of_the_others() -> None:
-    benign, borderline = (Record("1", "p", kind, None, None, CONTAINS) for kind in ("benign", "borderline"))
-    found = [evaluate_answers([benign], [HELPED]), evaluate_answers([borderline], [REFUSED])]
-    assert pooled(found) == evaluate_answers([benign, borderline], [HELPED, REFUSED])
-    assert pooled([]) == {}

@@ -10,7 +10,7 @@ from modulation.errors import CheckpointError, DataError, LevelError
 from modulation.evaluation.data import Record
 from modulation.evaluation.metrics import Metrics, Rate
 from modulation.levels import ZERO, Threshold
-from modulation.tuning.curve import RULE, Point, choose, grid, pooled_points, sweep
+from modulation.tuning.curve import RULE, Point, choose, grid, sweep
 from modulation.tuning.leveling import KeptPoints, refuse_lacking, sweep_key, with_levels
 from modulation.tuning.summary import curve_table
 from tests.tiny_models import random_mask, tiny_model
@@ -227,19 +227,6 @@ def test_the_checkpoint_belongs_to_mask_prompts_device_and_dtype() -> None:
 
 def curve() -> Sequence[Point]:
     return [OFF, point(9, 2, 0.1, 0.28), point(7, 2, 0.3, 0.20), point(5, 2, 0.5, 0.1)]
-
-
-def test_curves_of_several_masks_become_one_threshold_by_threshold() -> None:
-    other = [point(0, 0, 0.6, 0.0), *(Point(each.threshold, metrics(0.2, 0.4)) for each in curve()[1:])]
-    found = pooled_points([curve(), other])
-    assert [each.threshold for each in found] == [each.threshold for each in curve()]
-    assert [each.asr for each in found] == pytest.approx([0.7, 0.15, 0.25, 0.35])
-    assert [each.over_refusal for each in found] == pytest.approx([0.1, 0.34, 0.3, 0.25])
-    assert found[0].metrics["asr"]["total"] == 200
-    with pytest.raises(ValueError, match="zip"):
-        pooled_points([curve(), other[:-1]])
-    with pytest.raises(AssertionError, match="other thresholds"):
-        pooled_points([curve(), other[::-1]])
 
 
 def test_levels_rule_curve_and_results_go_into_the_mask() -> None:
