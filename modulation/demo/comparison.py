@@ -128,8 +128,8 @@ def _flat(conditions: Mapping[str, Any]) -> dict[str, Any]:
 def comparison_table(runs: Sequence[Results]) -> str:
     """A Markdown table: of each rate the mean over the seeds that have the row, its range, and the 95 %
     Wilson interval of their prompts together (as if masks were one and no two prompts had a topic); of
-    perplexity the mean. A row without figures is in it, too, and says
-    for how many seeds it was left out if it has some."""
+    perplexity the mean. A row that was left out is in it, too, and says so; one that was left out for some of
+    the seeds says for how many."""
     lines = [
         "| | seeds | ASR | over-refusal | benign correct | plain refused | perplexity |",
         "|---|---|---|---|---|---|---|",
