@@ -11,11 +11,13 @@ and, of answers that help, -log p(answer); of all right answers (to harm, the re
 KL(base || modulated), summed over the answer's tokens, of benign ones all, of others those after the
 parting, before which the base model may be about to do otherwise. One broken word breaks an answer, so it
 is the sum that counts; without it words break while margins look fine. Last,
-shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts (docs/tuning.md).
+shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts, the divergence one over the
+share `divergence_tail` of them that diverge most (docs/tuning.md).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -76,6 +78,8 @@ class Objective:
         for name, values in answered.items():
             if values:
                 each = torch.cat(values)
+                if name == "divergence":
+                    each = _tail(each, self.settings.divergence_tail)
                 means[name] = getattr(self.settings, f"{name}_weight") * each.mean(), len(each)
         means |= self._margin_means(margins, drawn)
         shrinkage = self.settings.shrinkage * parameters.square().mean()
@@ -118,6 +122,11 @@ class Objective:
     @torch.no_grad()
     def _base(self, prompts: Sequence[Prompt]) -> AnswerTokens:
         return self._answers(prompts, [ZERO] * len(prompts))
+
+
+def _tail(values: Tensor, share: float) -> Tensor:
+    """The highest ceil(share * number) of the values, float32 (prompts,)."""
+    return values if share == 1 else values.topk(ceil(share * len(values))).values
 
 
 def _summed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

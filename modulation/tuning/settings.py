@@ -30,6 +30,7 @@ ADAPTATION_OPTIONS: Final = (
     "benign_weight",
     "likelihood_weight",
     "divergence_weight",
+    "divergence_tail",
     "shrinkage",
 )
 """The options that adaptation goes by. Of borderline prompts only the direction counts, not their weight."""
@@ -88,6 +89,7 @@ class TuningSettings(BaseModel):
     benign_weight: Weight = 1.0
     likelihood_weight: Weight = 0.6
     divergence_weight: Weight = 12.0
+    divergence_tail: float = Field(default=1.0, gt=0, le=1)
     shrinkage: Weight = 0.002
 
     @classmethod

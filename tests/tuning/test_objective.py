@@ -1,5 +1,6 @@
 """The objective against an oracle without batches, padding, hooks or the package's arithmetic."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -117,13 +118,19 @@ def expected(
         divergences.append((np.exp(base) * (base - moved)).sum(axis=1)[begin:].sum())
     terms = {kind: float(np.mean(each)) for kind, each in losses.items()}
     terms["likelihood"] = -s.likelihood_weight * float(np.mean(likelihoods))
-    terms["divergence"] = s.divergence_weight * float(np.mean(divergences))
+    worst = sorted(divergences, reverse=True)[: math.ceil(s.divergence_tail * len(divergences))]
+    terms["divergence"] = s.divergence_weight * float(np.mean(worst))
     terms["shrinkage"] = s.shrinkage * float(np.mean(at.numpy() ** 2))
     return margins, terms
 
 
-def test_every_term_is_that_of_a_plain_loop_over_prompts(model: PreTrainedModel) -> None:
-    objective = objective_of(model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0)
+@pytest.mark.parametrize("divergence_tail", [1.0, 0.4])
+def test_every_term_is_that_of_a_plain_loop_over_prompts(
+    model: PreTrainedModel, divergence_tail: float
+) -> None:
+    objective = objective_of(
+        model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0, divergence_tail=divergence_tail
+    )
     drawn, rows = whole_batch(model)
     assert {parting_of(example)[0] for _, example, _ in rows} == {0, 2, 3}, "answers also part late"
     at = parameters()
@@ -132,6 +139,17 @@ def test_every_term_is_that_of_a_plain_loop_over_prompts(model: PreTrainedModel)
     assert seen.margins.tolist() == pytest.approx(margins, rel=1e-4, abs=1e-4)
     assert {name: each.item() for name, each in seen.terms.items()} == pytest.approx(terms, rel=1e-4)
     assert seen.loss.item() == pytest.approx(sum(terms.values()), rel=1e-4)
+
+
+def test_a_tail_smaller_than_one_answer_is_the_worst_answer(model: PreTrainedModel) -> None:
+    drawn, _ = whole_batch(model)
+    alone = [
+        objective_of(model)(parameters(), Drawn((prompt,), (threshold,))).terms["divergence"].item()
+        for prompt, threshold in zip(drawn.prompts, drawn.thresholds, strict=True)
+    ]
+    worst = objective_of(model, divergence_tail=1e-6)(parameters(), drawn)
+    assert worst.sizes["divergence"] == 1
+    assert worst.terms["divergence"].item() == pytest.approx(max(alone), rel=1e-4)
 
 
 def test_at_factors_of_one_nothing_diverges_and_nothing_shrinks(model: PreTrainedModel) -> None:

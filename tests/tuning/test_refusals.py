@@ -48,6 +48,8 @@ def test_data_that_cannot_be_learned_from_are_refused_in_one_sentence(
         (["--option", "bound=1"], "Option bound='1': Input should be greater than 1"),
         (["--option", "method=guess"], "Option method='guess': Input should be 'maml' or 'erm'"),
         (["--option", "rate=nan"], "Option rate='nan'"),
+        (["--option", "divergence_tail=0"], "Option divergence_tail='0': Input should be greater than 0"),
+        (["--option", "divergence_tail=1.5"], "Option divergence_tail='1.5': Input should be less than or"),
         (["--validation-family", "poem"], "'poem': no harmful prompt has this family; there are few_shot"),
         (["--validation-family", "x", "--validation", "y"], "--validation-family does not go with"),
         (["--share", "0"], "--share 0: a share above 0 and up to 1"),
