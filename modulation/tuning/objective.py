@@ -10,7 +10,8 @@ log-probability of going on with the one minus that of the other), target t and 
 and, of answers that help, -log p(answer); of all right answers (to harm, the refusal) the divergence
 KL(base || modulated), summed over the answer's tokens, of benign ones all, of others those after the
 parting, before which the base model may be about to do otherwise. One broken word breaks an answer, so it
-is the sum that counts; without it words break while margins look fine. Last,
+is the sum that counts; without it words break while margins look fine. Both distributions are taken at a
+temperature, which shows a wrong word on its way up (Hinton et al. 2015, arXiv 1503.02531). Last,
 shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts, the divergence one over the
 share `divergence_tail` of them that diverge most (docs/tuning.md).
 """
@@ -112,11 +113,16 @@ class Objective:
         return means
 
     def _divergences(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:
-        """KL(base || modulated) of each right answer, summed over its settled tokens: float32 (prompts,)."""
+        """T ^ 2 * KL(base || modulated), both at temperature T, of each right answer, summed over its settled
+        tokens: float32 (prompts,)."""
         begins = [0 if each.kind == "benign" else each.parting.place + 1 for each in prompts]
         settled = answers.places >= torch.tensor(begins, device=answers.rows.device)[answers.rows]
-        base = self._base(prompts).predicted[settled]
-        distances = kl_div(answers.predicted[settled], base, reduction="none", log_target=True).sum(dim=1)
+        temperature = self.settings.divergence_temperature
+        base, moved = (
+            (each.predicted[settled] / temperature).log_softmax(dim=1)
+            for each in (self._base(prompts), answers)
+        )
+        distances = temperature**2 * kl_div(moved, base, reduction="none", log_target=True).sum(dim=1)
         return _summed(distances, answers.rows[settled], len(prompts))
 
     @torch.no_grad()

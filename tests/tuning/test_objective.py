@@ -70,6 +70,11 @@ def log_probabilities(model: PreTrainedModel, example: Example, answer: str) -> 
     return logits[start - 1 : -1].numpy(), tokens[start:]
 
 
+def softened(log_probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    powers = np.exp(log_probabilities) ** (1 / temperature)
+    return np.log(powers / powers.sum(axis=1, keepdims=True))
+
+
 def parting_of(example: Example) -> tuple[int, int, int]:
     (refusing, start), (complying, _) = (
         tokens_of(TOKENIZER, example, answer) for answer in (example.refusing, example.complying)
@@ -115,7 +120,9 @@ def expected(
         if helpful:
             likelihoods.append(sum(moved[n, token] for n, token in enumerate(answer)))
         begin = 0 if kind == "benign" else place + 1
-        divergences.append((np.exp(base) * (base - moved)).sum(axis=1)[begin:].sum())
+        base, moved = (softened(each[begin:], s.divergence_temperature) for each in (base, moved))
+        distance = (np.exp(base) * (base - moved)).sum()
+        divergences.append(s.divergence_temperature**2 * distance)
     terms = {kind: float(np.mean(each)) for kind, each in losses.items()}
     terms["likelihood"] = -s.likelihood_weight * float(np.mean(likelihoods))
     worst = sorted(divergences, reverse=True)[: math.ceil(s.divergence_tail * len(divergences))]
@@ -124,13 +131,13 @@ def expected(
     return margins, terms
 
 
-@pytest.mark.parametrize("divergence_tail", [1.0, 0.4])
+@pytest.mark.parametrize(
+    "divergence", [{}, {"divergence_tail": 0.4}, {"divergence_tail": 0.4, "divergence_temperature": 2.5}]
+)
 def test_every_term_is_that_of_a_plain_loop_over_prompts(
-    model: PreTrainedModel, divergence_tail: float
+    model: PreTrainedModel, divergence: dict[str, float]
 ) -> None:
-    objective = objective_of(
-        model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0, divergence_tail=divergence_tail
-    )
+    objective = objective_of(model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0, **divergence)
     drawn, rows = whole_batch(model)
     assert {parting_of(example)[0] for _, example, _ in rows} == {0, 2, 3}, "answers also part late"
     at = parameters()

@@ -49,6 +49,7 @@ def test_data_that_cannot_be_learned_from_are_refused_in_one_sentence(
         (["--option", "method=guess"], "Option method='guess': Input should be 'maml' or 'erm'"),
         (["--option", "rate=nan"], "Option rate='nan'"),
         (["--option", "divergence_tail=0"], "Option divergence_tail='0': Input should be greater than 0"),
+        (["--option", "divergence_temperature=0"], "Option divergence_temperature='0'"),
         (["--option", "divergence_tail=1.5"], "Option divergence_tail='1.5': Input should be less than or"),
         (["--validation-family", "poem"], "'poem': no harmful prompt has this family; there are few_shot"),
         (["--validation-family", "x", "--validation", "y"], "--validation-family does not go with"),
