@@ -186,7 +186,7 @@ def validate(objective: Objective, tasks: Tasks, parameters: Tensor, seed: int =
 
 
 def _of_data(parts: Sequence[Seen]) -> float:
-    """The loss without shrinkage: each term a mean over all that the batches' terms are means over."""
+    """The loss without shrinkage as if all prompts had been in one batch: each term a mean over all."""
     total = 0.0
     for name in dict.fromkeys(name for part in parts for name in part.terms if name != "shrinkage"):
         means = [(part.terms[name].item(), part.sizes[name]) for part in parts if name in part.terms]

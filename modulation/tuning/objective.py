@@ -10,15 +10,12 @@ log-probability of going on with the one minus that of the other), target t and 
 and, of answers that help, -log p(answer); of all right answers (to harm, the refusal) the divergence
 KL(base || modulated), summed over the answer's tokens, of benign ones all, of others those after the
 parting, before which the base model may be about to do otherwise. One broken word breaks an answer, so it
-is the sum that counts; without it words break while margins look fine. Both distributions are taken at a
-temperature, which shows a wrong word on its way up (Hinton et al. 2015, arXiv 1503.02531). Last,
-shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts, the divergence one over the
-share `divergence_tail` of them that diverge most (docs/tuning.md).
+is the sum that counts; without it words break while margins look fine. Last,
+shrinkage * mean(log factor ^ 2). Each term is a mean over its kind's prompts (docs/tuning.md).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -79,8 +76,6 @@ class Objective:
         for name, values in answered.items():
             if values:
                 each = torch.cat(values)
-                if name == "divergence":
-                    each = _tail(each, self.settings.divergence_tail)
                 means[name] = getattr(self.settings, f"{name}_weight") * each.mean(), len(each)
         means |= self._margin_means(margins, drawn)
         shrinkage = self.settings.shrinkage * parameters.square().mean()
@@ -113,26 +108,16 @@ class Objective:
         return means
 
     def _divergences(self, answers: AnswerTokens, prompts: Sequence[Prompt]) -> Tensor:
-        """T ^ 2 * KL(base || modulated), both at temperature T, of each right answer, summed over its settled
-        tokens: float32 (prompts,)."""
+        """KL(base || modulated) of each right answer, summed over its settled tokens: float32 (prompts,)."""
         begins = [0 if each.kind == "benign" else each.parting.place + 1 for each in prompts]
         settled = answers.places >= torch.tensor(begins, device=answers.rows.device)[answers.rows]
-        temperature = self.settings.divergence_temperature
-        base, moved = (
-            (each.predicted[settled] / temperature).log_softmax(dim=1)
-            for each in (self._base(prompts), answers)
-        )
-        distances = temperature**2 * kl_div(moved, base, reduction="none", log_target=True).sum(dim=1)
+        base = self._base(prompts).predicted[settled]
+        distances = kl_div(answers.predicted[settled], base, reduction="none", log_target=True).sum(dim=1)
         return _summed(distances, answers.rows[settled], len(prompts))
 
     @torch.no_grad()
     def _base(self, prompts: Sequence[Prompt]) -> AnswerTokens:
         return self._answers(prompts, [ZERO] * len(prompts))
-
-
-def _tail(values: Tensor, share: float) -> Tensor:
-    """The highest ceil(share * number) of the values, float32 (prompts,)."""
-    return values if share == 1 else values.topk(ceil(share * len(values))).values
 
 
 def _summed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

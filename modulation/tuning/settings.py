@@ -30,8 +30,6 @@ ADAPTATION_OPTIONS: Final = (
     "benign_weight",
     "likelihood_weight",
     "divergence_weight",
-    "divergence_tail",
-    "divergence_temperature",
     "shrinkage",
 )
 """The options that adaptation goes by. Of borderline prompts only the direction counts, not their weight."""
@@ -90,8 +88,6 @@ class TuningSettings(BaseModel):
     benign_weight: Weight = 1.0
     likelihood_weight: Weight = 0.6
     divergence_weight: Weight = 12.0
-    divergence_tail: float = Field(default=1.0, gt=0, le=1)
-    divergence_temperature: Positive = 1.0
     shrinkage: Weight = 0.002
 
     @classmethod

@@ -1,6 +1,5 @@
 """The objective against an oracle without batches, padding, hooks or the package's arithmetic."""
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -70,11 +69,6 @@ def log_probabilities(model: PreTrainedModel, example: Example, answer: str) -> 
     return logits[start - 1 : -1].numpy(), tokens[start:]
 
 
-def softened(log_probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    powers = np.exp(log_probabilities) ** (1 / temperature)
-    return np.log(powers / powers.sum(axis=1, keepdims=True))
-
-
 def parting_of(example: Example) -> tuple[int, int, int]:
     (refusing, start), (complying, _) = (
         tokens_of(TOKENIZER, example, answer) for answer in (example.refusing, example.complying)
@@ -120,24 +114,16 @@ def expected(
         if helpful:
             likelihoods.append(sum(moved[n, token] for n, token in enumerate(answer)))
         begin = 0 if kind == "benign" else place + 1
-        base, moved = (softened(each[begin:], s.divergence_temperature) for each in (base, moved))
-        distance = (np.exp(base) * (base - moved)).sum()
-        divergences.append(s.divergence_temperature**2 * distance)
+        divergences.append((np.exp(base) * (base - moved)).sum(axis=1)[begin:].sum())
     terms = {kind: float(np.mean(each)) for kind, each in losses.items()}
     terms["likelihood"] = -s.likelihood_weight * float(np.mean(likelihoods))
-    worst = sorted(divergences, reverse=True)[: math.ceil(s.divergence_tail * len(divergences))]
-    terms["divergence"] = s.divergence_weight * float(np.mean(worst))
+    terms["divergence"] = s.divergence_weight * float(np.mean(divergences))
     terms["shrinkage"] = s.shrinkage * float(np.mean(at.numpy() ** 2))
     return margins, terms
 
 
-@pytest.mark.parametrize(
-    "divergence", [{}, {"divergence_tail": 0.4}, {"divergence_tail": 0.4, "divergence_temperature": 2.5}]
-)
-def test_every_term_is_that_of_a_plain_loop_over_prompts(
-    model: PreTrainedModel, divergence: dict[str, float]
-) -> None:
-    objective = objective_of(model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0, **divergence)
+def test_every_term_is_that_of_a_plain_loop_over_prompts(model: PreTrainedModel) -> None:
+    objective = objective_of(model, **WEIGHTS, shrinkage=0.5, divergence_weight=3.0)
     drawn, rows = whole_batch(model)
     assert {parting_of(example)[0] for _, example, _ in rows} == {0, 2, 3}, "answers also part late"
     at = parameters()
@@ -146,17 +132,6 @@ def test_every_term_is_that_of_a_plain_loop_over_prompts(
     assert seen.margins.tolist() == pytest.approx(margins, rel=1e-4, abs=1e-4)
     assert {name: each.item() for name, each in seen.terms.items()} == pytest.approx(terms, rel=1e-4)
     assert seen.loss.item() == pytest.approx(sum(terms.values()), rel=1e-4)
-
-
-def test_a_tail_smaller_than_one_answer_is_the_worst_answer(model: PreTrainedModel) -> None:
-    drawn, _ = whole_batch(model)
-    alone = [
-        objective_of(model)(parameters(), Drawn((prompt,), (threshold,))).terms["divergence"].item()
-        for prompt, threshold in zip(drawn.prompts, drawn.thresholds, strict=True)
-    ]
-    worst = objective_of(model, divergence_tail=1e-6)(parameters(), drawn)
-    assert worst.sizes["divergence"] == 1
-    assert worst.terms["divergence"].item() == pytest.approx(max(alone), rel=1e-4)
 
 
 def test_at_factors_of_one_nothing_diverges_and_nothing_shrinks(model: PreTrainedModel) -> None:
