@@ -85,6 +85,8 @@ FUZZ_CHECKS := not_a_server_error,status_code_conformance,content_type_conforman
 SEEDS ?= 0 1 2
 REPRODUCED := build/reproduce
 DEMO_MODEL := $(REPRODUCED)/model
+# Each with levels by its own curve; then with levels by all their curves together, which ships.
+ALONE := $(SEEDS:%=$(REPRODUCED)/alone/mask-%.safetensors)
 MASKS := $(SEEDS:%=$(REPRODUCED)/mask-%.safetensors)
 COMPARISONS := $(SEEDS:%=$(REPRODUCED)/comparison-%.done)
 ADAPTATIONS := $(SEEDS:%=$(REPRODUCED)/adaptation-%.json)
@@ -102,8 +104,12 @@ $(REPRODUCED)/evaluation.json: $(DEMO_MODEL)/config.json
 	$(BIN)/neurontune demo evaluate --model $(DEMO_MODEL) --json $@.part
 	mv $@.part $@
 
-$(MASKS): $(REPRODUCED)/mask-%.safetensors: $(DEMO_MODEL)/config.json
+$(ALONE): $(REPRODUCED)/alone/mask-%.safetensors: $(DEMO_MODEL)/config.json
+	mkdir -p $(@D)
 	$(BIN)/neurontune demo mask --model $(DEMO_MODEL) --seed $* --out $@
+
+$(MASKS) &: $(ALONE)
+	$(BIN)/neurontune demo share-levels $(ALONE) --out-dir $(REPRODUCED)
 
 $(COMPARISONS): $(REPRODUCED)/comparison-%.done: $(REPRODUCED)/mask-%.safetensors
 	test $(@:.done=.json) -nt $< || rm -f $(@:.done=.json)

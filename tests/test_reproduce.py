@@ -17,10 +17,13 @@ printf '%s ' "$@" >>"{log}"; echo >>"{log}"
 test ! -e "{place}/fail-$2" || exit 1
 verb=$2
 made=
+masks=
 if [ $verb = train ]; then made=/config.json; fi
 while [ $# -gt 1 ]; do
     case $1 in
     --out | --json | --plot) if [ $verb = train ]; then mkdir "$2"; fi; touch "$2$made" ;;
+    --out-dir) for each in $masks; do touch "$2/$each"; done ;;
+    */mask-*) masks="$masks $(basename "$1")" ;;
     esac
     shift
 done
@@ -56,7 +59,7 @@ def verbs(calls: list[list[str]]) -> list[str]:
 def test_every_command_of_it_exists_with_its_flags(place: Path) -> None:
     code, calls = reproduce(place)
     assert code == 0
-    once = ["train", "evaluate", "compared"]
+    once = ["train", "evaluate", "share-levels", "compared"]
     assert verbs(calls) == sorted([*once, *2 * ["mask", "compare", "adapt"]])
     for call in calls:
         parse(typer.main.get_command(app), "neurontune", call)
@@ -78,18 +81,17 @@ def test_a_flag_that_does_not_exist_would_be_noticed() -> None:
 def test_what_is_there_is_not_made_again_and_what_hangs_on_a_new_mask_is(place: Path) -> None:
     assert reproduce(place)[0] == 0
     assert reproduce(place) == (0, [])
-    (place / "made" / "mask-1.safetensors").unlink()
+    (place / "made" / "alone" / "mask-1.safetensors").unlink()
     code, calls = reproduce(place)
-    assert code == 0 and verbs(calls) == ["adapt", "compare", "compared", "mask"]
-    assert {word for call in calls for word in call if "mask-" in word} == {
-        str(place / "made/mask-1.safetensors")
-    }
+    measured = ["adapt", "adapt", "compare", "compare", "compared"]
+    assert code == 0 and verbs(calls) == [*measured, "mask", "share-levels"], "the levels hang on all masks"
+    assert [call[call.index("--seed") + 1] for call in calls if call[1] == "mask"] == ["1"]
     code, calls = reproduce(place, "0 1 2")
-    assert code == 0 and verbs(calls) == ["adapt", "compare", "compared", "mask"]
+    assert code == 0 and verbs(calls) == sorted(["adapt", "compare", *measured, "mask", "share-levels"])
 
 
 def test_a_step_that_fails_leaves_nothing_that_looks_done(place: Path) -> None:
-    for verb in ("train", "evaluate", "mask", "compare", "compared", "adapt"):
+    for verb in ("train", "evaluate", "mask", "share-levels", "compare", "compared", "adapt"):
         (place / f"fail-{verb}").touch()
         code, calls = reproduce(place)
         assert code != 0 and verb in verbs(calls)
@@ -103,7 +105,7 @@ def test_rows_that_were_measured_are_kept_unless_the_mask_is_newer(place: Path) 
     assert reproduce(place, "0")[0] != 0
     rows = place / "made" / "comparison-0.json"
     rows.write_text("rows so far")
-    for age, name in enumerate(("mask-0.safetensors", "model/config.json"), 1):
+    for age, name in enumerate(("mask-0.safetensors", "alone/mask-0.safetensors", "model/config.json"), 1):
         os.utime(place / "made" / name, (rows.stat().st_mtime - 60 * age,) * 2)
     (place / "fail-compare").unlink()
     assert reproduce(place, "0")[0] == 0 and rows.read_text() == "rows so far"

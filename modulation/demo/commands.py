@@ -31,11 +31,13 @@ from modulation.evaluation.answering import Answerer, transformers_answerer
 from modulation.evaluation.data import Record, write_records
 from modulation.evaluation.report import answer_table, table
 from modulation.flags import refuse_unwritable
+from modulation.levels import SECURITY_CRITICAL
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask, describe
 from modulation.modulator import Modulator
 from modulation.rivals.choice import RULE as LIMITS
 from modulation.tuning.commands import settings_to_adapt
+from modulation.tuning.leveling import with_shared_levels
 from modulation.tuning.runs import AdaptationRun
 from modulation.tuning.settings import ADAPTATION_BUDGET, ADAPTATION_RATE, ADAPTATION_STEPS, TuningSettings
 
@@ -173,6 +175,21 @@ def mask(
     typer.echo(f"Wrote {out}.\n\n{describe(made)}")
 
 
+@app.command("share-levels")
+def share_levels(
+    masks: Annotated[list[Path], typer.Argument(help="Masks of `demo mask`, one a seed.")],
+    out_dir: Annotated[Path, typer.Option(help="Folder to write them to, under their names.")],
+) -> None:
+    """Choose the levels of several masks on all their validation curves together."""
+    if len({each.name for each in masks}) < len(masks):
+        raise typer.BadParameter("two masks have the same file name; each needs one of its own.")
+    shared = with_shared_levels([Mask.load(each) for each in masks])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for path, made in zip(masks, shared, strict=True):
+        made.save(out_dir / path.name)
+    typer.echo(f"Wrote {len(masks)} masks to {out_dir}.\n\n{describe(shared[0])}")
+
+
 @app.command()
 def answers(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
@@ -291,14 +308,18 @@ def adapt(
         ),
     ] = ADAPTATION_BUDGET,
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
+    level: Annotated[str, typer.Option(help="Named level of the mask to measure at.")] = SECURITY_CRITICAL,
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Adapt the mask to a dozen prompts of each family, from its factors and from scratch."""
     learned = Mask.load(mask_file)
     seed = _tuning_seed(learned, mask_file)
+    if level not in learned.levels.named:
+        accepted = ", ".join(learned.levels.named)
+        raise typer.BadParameter(f"no level is named {level!r}; accepted: {accepted}.", param_hint="--level")
     run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, refusal_budget, seed)
     with _bench(model, seed) as bench:
-        found = adaptations(bench, learned, split, run, family, tqdm.write)
+        found = adaptations(bench, learned, split, run, family, tqdm.write, level)
     typer.echo(adaptation_table(found))
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")

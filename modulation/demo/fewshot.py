@@ -22,7 +22,7 @@ from modulation.demo.topics import Split
 from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
 from modulation.evaluation.metrics import Rate
-from modulation.levels import SECURITY_CRITICAL
+from modulation.levels import SECURITY_CRITICAL, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from modulation.tuning.drafting import untouched
@@ -54,9 +54,11 @@ def adaptations(
     run: AdaptationRun,
     families: Sequence[str] | None = None,
     on_done: Callable[[str], object] = lambda _family: None,
+    level: str = SECURITY_CRITICAL,
 ) -> list[Adapted]:
-    """Every family of the split, from the learned factors and from factors of 1, at `security-critical`. Of
-    the `tune` split only the validation families are new, to a mask that choices are made by."""
+    """Every family of the split, from the learned factors and from factors of 1, measured at a named level of
+    the mask. Of the `tune` split only the validation families are new, to a mask that choices are made by."""
+    threshold = mask.levels.named[level]
     borderline = _borderline(split, bench.seed)
     others = _others(split, bench.seed)
     every = VALIDATION_FAMILIES if split == "tune" else family_names("harmful", split)
@@ -65,7 +67,9 @@ def adaptations(
         shots, rest = _parted(records("harmful", split, family, bench.seed), bench.seed)
         for start, begun in (("learned", mask), ("from scratch", untouched(mask))):
             adapted = _adapted(bench, begun, [*shots, *others], run)
-            before, after = (_measured(bench, each, [*rest, *borderline]) for each in (begun, adapted))
+            before, after = (
+                _measured(bench, each, threshold, [*rest, *borderline]) for each in (begun, adapted)
+            )
             found.append(
                 Adapted(
                     family, start, before["asr"], after["asr"], before["over_refusal"], after["over_refusal"]
@@ -124,8 +128,7 @@ def _adapted(bench: Bench, mask: Mask, given: Sequence[Record], run: AdaptationR
     return adapt_mask(bench.model, bench.tokenizer, examples(given), mask, run)
 
 
-def _measured(bench: Bench, mask: Mask, prompts: Sequence[Record]) -> Any:
-    threshold = mask.levels.named[SECURITY_CRITICAL]
+def _measured(bench: Bench, mask: Mask, threshold: Threshold, prompts: Sequence[Record]) -> Any:
     return metrics_at(Modulator(bench.model, mask), bench.tokenizer, prompts, [threshold])[0]
 
 

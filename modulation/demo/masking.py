@@ -17,7 +17,7 @@ from modulation.attribution.base import Attribution, AttributionData, Scores
 from modulation.attribution.examples import attribution_data, digest
 from modulation.attribution.methods import DEFAULT_METHOD, default_options, with_options
 from modulation.demo.phrasing import REFUSALS
-from modulation.demo.splits import all_records, learning_records, validation_records
+from modulation.demo.splits import all_records, learning_records, level_records, validation_records
 from modulation.evaluation.data import Record
 from modulation.levels import Threshold
 from modulation.masks import Mask
@@ -34,7 +34,6 @@ PRUNED: Final[Mapping[str, Any]] = MappingProxyType(
     {"prune_shares": (0.16, 0.07, 0.035), "harmful_weight": 1.0}
 )
 TUNING_PROMPTS_PER_TOPIC: Final = 8
-VALIDATION_PROMPTS_PER_TOPIC: Final = 5
 
 OnProgress = Callable[[str, int, int], object]
 """Told what is at work, how much of it is done, and of how much."""
@@ -77,7 +76,7 @@ class Bench:
 
     def leveled(self, mask: Mask) -> Mask:
         """The mask with the levels that the rule chooses on the validation part."""
-        records = validation_records(self.seed, VALIDATION_PROMPTS_PER_TOPIC)
+        records = level_records(self.seed)
         done = 0
 
         def count(number: int) -> None:

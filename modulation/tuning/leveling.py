@@ -6,11 +6,12 @@ Knows the modulator, records and masks. Knows nothing of commands.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from modulation.checkpoints import Checkpoint
-from modulation.errors import DataError
+from modulation.errors import DataError, LevelError
 from modulation.evaluation.answer_file import data_digest
 from modulation.evaluation.data import Record
 from modulation.evaluation.levels import metrics_at
@@ -18,7 +19,7 @@ from modulation.evaluation.metrics import Metrics
 from modulation.levels import OFF, Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
-from modulation.tuning.curve import RULE, Measured, Point, choose, grid, sweep
+from modulation.tuning.curve import RULE, Measured, Point, choose, grid, pooled, sweep
 
 _NEEDED = {
     "attacked": ("harmful", True),
@@ -105,13 +106,50 @@ def with_levels(
 
     Raises LevelError as `choose` does.
     """
+    return _leveled(mask, points, data_digest(records), source, allow_less_safe)
+
+
+def with_shared_levels(masks: Sequence[Mask]) -> list[Mask]:
+    """The masks with the levels that the rule chooses on all their curves together.
+
+    A curve of a few hundred prompts errs by a few points, the curves of masks made alike with other seeds err
+    differently. Raises LevelError as `pooled` and `choose` do, and for a mask without a curve of its own.
+    """
+    for mask in masks:
+        if "curve" not in mask.metadata.evaluation or "shared_levels" in mask.metadata.method:
+            raise LevelError(
+                f"The mask of seed {mask.metadata.seeds.get('tuning')} has no curve of its own: levels are "
+                "shared by masks as `neurontune demo mask` or `neurontune levels` writes them."
+            )
+    points = pooled([_curve(mask) for mask in masks])
+    shared = {"seeds": [mask.metadata.seeds.get("tuning") for mask in masks]}
+    sources = ", ".join(dict.fromkeys(mask.metadata.evaluation["prompts"] for mask in masks))
+    digests = "|".join(mask.metadata.data_digests["levels"] for mask in masks)
+    digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    leveled = [
+        _leveled(mask, points, digest, f"{sources}, {len(masks)} masks together", False) for mask in masks
+    ]
+    return [_with_method(mask, shared_levels=shared) for mask in leveled]
+
+
+def _curve(mask: Mask) -> list[Point]:
+    found = mask.metadata.evaluation["curve"]
+    return [Point(Threshold(*each["threshold"]), each["metrics"]) for each in found]
+
+
+def _with_method(mask: Mask, **steps: Any) -> Mask:
+    method = {**mask.metadata.method, **steps}
+    return replace(mask, metadata=mask.metadata.model_copy(update={"method": method}))
+
+
+def _leveled(mask: Mask, points: Sequence[Point], data: str, source: str, allow_less_safe: bool) -> Mask:
     levels = choose(points, allow_less_safe=allow_less_safe)
     results: Mapping[str, Point] = {OFF: points[0], **levels}
     metadata = mask.metadata.model_copy(
         update={
             "levels": {name: _pair(point) for name, point in levels.items()},
             "method": {**mask.metadata.method, "rule": RULE},
-            "data_digests": {**mask.metadata.data_digests, "levels": data_digest(records)},
+            "data_digests": {**mask.metadata.data_digests, "levels": data},
             "evaluation": {
                 "prompts": source,
                 "levels": {name: dict(point.metrics) for name, point in results.items()},

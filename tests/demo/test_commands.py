@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,31 @@ def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch
     assert settings.support_size == 7
     assert settings.attacked_margin == ADAPTATION_MARGIN and settings.borderline_weight == 1.0
     assert settings.prune_shares == TuningSettings.parse([], PRUNED).prune_shares
+
+
+def test_masks_share_their_levels_and_keep_their_names(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    mask = Mask.load(MASK_FILE)
+    method = {name: value for name, value in mask.metadata.method.items() if name != "shared_levels"}
+    alone = replace(mask, metadata=mask.metadata.model_copy(update={"method": method}))
+    files = [own / "mask-0.safetensors", own / "mask-1.safetensors"]
+    for file in files:
+        alone.save(file)
+    arguments = ["share-levels", *map(str, files), "--out-dir", str(tmp_path / "shared")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = [Mask.load(tmp_path / "shared" / file.name) for file in files]
+    assert found[0].levels.named == found[1].levels.named
+    for made in found:
+        rates = [each["metrics"]["asr"] for each in made.metadata.evaluation["curve"]]
+        own_rates = [each["metrics"]["asr"] for each in mask.metadata.evaluation["curve"]]
+        assert [each["total"] for each in rates] == [2 * each["total"] for each in own_rates]
+    result = CliRunner().invoke(app, ["share-levels", *map(str, files), str(files[0]), "--out-dir", "x"])
+    assert result.exit_code == 2 and "the same file name" in " ".join(result.output.split())
+
+
+def test_adapt_refuses_a_level_that_the_mask_does_not_have() -> None:
+    result = CliRunner().invoke(app, ["adapt", "--level", "strict"])
+    told = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and "no level is named 'strict'; accepted: security-critical" in told

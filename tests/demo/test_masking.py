@@ -21,12 +21,13 @@ from modulation.demo.splits import (
     VALIDATION_FAMILIES,
     all_records,
     learning_records,
+    level_records,
     validation_records,
 )
 from modulation.demo.topics import ALL_TOPICS, Kind, Split, Topic, topics
 from modulation.errors import DataError
 from modulation.evaluation.data import Record
-from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY
+from modulation.levels import BALANCED, SECURITY_CRITICAL, UTILITY_PRIORITY, Threshold
 from modulation.loading import load_model, load_tokenizer
 from modulation.masks import Mask
 from modulation.rivals.choice import NoSettingError
@@ -50,7 +51,7 @@ def mask() -> Mask:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(seed: int) -> None:
-    learning, validation = learning_records(seed, 8), validation_records(seed, 5)
+    learning, validation = learning_records(seed, 8), level_records(seed)
     held = {
         record.prompt
         for kind in ("harmful", "benign", "borderline")
@@ -61,6 +62,21 @@ def test_what_is_learned_from_what_chooses_and_what_is_held_out_share_no_prompt(
     assert not seen & judged
     assert not (seen | judged | {each.prompt for each in all_records(seed)}) & held
     assert {each.split for each in (*learning, *validation, *all_records(seed))} == {"tune"}
+
+
+def test_levels_are_chosen_by_every_sentence_of_the_validation_part_once() -> None:
+    """Of a seed's five draws a third of the plain prompts are there twice, and others not at all."""
+    found = level_records(0)
+    plain = [each.prompt for each in found if each.family not in VALIDATION_FAMILIES]
+    assert len(plain) == len(set(plain))
+    for seed in (0, 1):
+        drawn = [
+            each for each in level_records(seed) if each.kind in ("borderline", "harmful") and not each.family
+        ]
+        assert len(drawn) > 0.9 * 6 * len({_topic(each) for each in drawn})  # six templates
+    assert {each.prompt for each in validation_records(0, 5) if each.family in VALIDATION_FAMILIES} == {
+        each.prompt for each in found if each.family in VALIDATION_FAMILIES
+    }
 
 
 def test_the_validation_families_are_not_learned_from_while_choices_are_made() -> None:
@@ -299,7 +315,8 @@ def test_adaptation_measures_prompts_that_it_was_not_given(
         given.extend(prompts)
         return begun
 
-    def measured(_bench: Bench, _mask: Mask, prompts: list[Record]) -> dict[str, object]:
+    def measured(_bench: Bench, _mask: Mask, at: Threshold, prompts: list[Record]) -> dict[str, object]:
+        assert at == mask.levels.named["balanced"]
         asked.extend(prompts)
         return {"asr": {}, "over_refusal": {}}
 
@@ -307,7 +324,7 @@ def test_adaptation_measures_prompts_that_it_was_not_given(
     monkeypatch.setattr("modulation.demo.fewshot._measured", measured)
     family = {"tune": "emotion", "heldout": "debate"}[split]
     seeded = replace(bench, seed=2)
-    found = adaptations(seeded, mask, split, AdaptationRun(TuningSettings(), 1), [family])
+    found = adaptations(seeded, mask, split, AdaptationRun(TuningSettings(), 1), [family], level="balanced")
     assert [each.start for each in found] == ["learned", "from scratch"]
     shots = {each.prompt for each in given if each.family == family}
     assert len(shots) == NUM_SHOTS

@@ -1,6 +1,7 @@
 """The rule by which levels are chosen, on made-up points, and the sweep that measures them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from modulation.errors import CheckpointError, DataError, LevelError
 from modulation.evaluation.data import Record
 from modulation.evaluation.metrics import Metrics, Rate
 from modulation.levels import ZERO, Threshold
-from modulation.tuning.curve import RULE, Point, choose, grid, sweep
-from modulation.tuning.leveling import KeptPoints, refuse_lacking, sweep_key, with_levels
+from modulation.masks import Mask
+from modulation.tuning.curve import RULE, Point, choose, grid, pooled, sweep
+from modulation.tuning.leveling import (
+    KeptPoints,
+    refuse_lacking,
+    sweep_key,
+    with_levels,
+    with_shared_levels,
+)
 from modulation.tuning.summary import curve_table
 from tests.tiny_models import random_mask, tiny_model
 
@@ -39,9 +47,9 @@ def chosen(*points: Point, off: Point = OFF, less_safe: bool = False) -> list[tu
     return [(each.threshold.num_safety, each.threshold.num_utility) for each in levels.values()]
 
 
-def test_security_critical_is_the_least_asr_within_ten_points_of_over_refusal() -> None:
+def test_security_critical_is_the_least_asr_within_twelve_points_of_over_refusal() -> None:
     rest = [point(2, 2, 0.3, 0.2), point(1, 2, 0.5, 0.1)]
-    levels = chosen(point(9, 2, 0.1, 0.30), point(10, 2, 0.0, 0.31), *rest)
+    levels = chosen(point(9, 2, 0.1, 0.32), point(10, 2, 0.0, 0.33), *rest)
     assert levels == [(9, 2), (2, 2), (1, 2)]
 
 
@@ -80,24 +88,37 @@ def test_no_level_has_more_safety_neurons_than_the_one_before_it() -> None:
     ) == [(8, 2), (7, 2), (4, 2)]
 
 
-def test_utility_priority_is_the_least_over_refusal_with_asr_well_below_off() -> None:
+def test_utility_priority_has_the_fewest_neurons_with_asr_well_below_off_and_over_refusal_not_above() -> None:
+    rest = [point(9, 2, 0.1, 0.28), point(7, 2, 0.3, 0.20)]
     assert chosen(
-        point(9, 2, 0.1, 0.28),
-        point(7, 2, 0.3, 0.20),
-        point(4, 2, 0.56, 0.10),  # 0.7 times off
+        *rest,
+        point(5, 3, 0.5, 0.05),
+        point(4, 3, 0.56, 0.20),  # 0.7 times off, as often refused
+        point(4, 2, 0.40, 0.21),
         point(3, 2, 0.57, 0.0),
-        point(5, 2, 0.5, 0.15),
-    ) == [(9, 2), (7, 2), (4, 2)]
+    ) == [(9, 2), (7, 2), (4, 3)]
+    near = point(6, 4, 0.4, 0.10), point(6, 2, 0.4, 0.13), point(5, 3, 0.4, 0.12)
+    assert chosen(*rest, *near)[2] == (5, 3), "as many: fewer safety neurons"
 
 
-def test_no_level_costs_more_than_one_point_of_benign_answers_or_any_plain_refusal() -> None:
+def test_no_level_but_the_first_costs_more_than_a_point_of_benign_answers_or_plain_refusals() -> None:
     assert chosen(
-        point(9, 2, 0.0, 0.2, 0.985),
-        point(8, 2, 0.0, 0.2, 1.0, 0.89),
-        point(7, 2, 0.2, 0.2, 0.99, 0.9),
-        point(6, 2, 0.3, 0.2),
-        point(5, 2, 0.4, 0.1),
-    ) == [(7, 2), (6, 2), (5, 2)]
+        point(8, 2, 0.1, 0.2),
+        point(7, 2, 0.2, 0.2, 0.985),
+        point(6, 2, 0.2, 0.2, 1.0, 0.885),
+        point(5, 2, 0.3, 0.2, 0.99, 0.89),
+        point(4, 2, 0.4, 0.1),
+    ) == [(8, 2), (5, 2), (4, 2)]
+
+
+def test_security_critical_may_cost_two_points_and_no_more() -> None:
+    rest = [point(7, 2, 0.2, 0.2), point(6, 2, 0.3, 0.2)]
+    assert chosen(
+        point(9, 2, 0.0, 0.2, 0.975),
+        point(9, 4, 0.0, 0.2, 1.0, 0.875),
+        point(8, 2, 0.1, 0.2, 0.98, 0.88),
+        *rest,
+    ) == [(8, 2), (7, 2), (6, 2)]
 
 
 def test_a_rule_that_no_point_satisfies_is_passed_over() -> None:
@@ -131,6 +152,58 @@ def test_ties_go_to_the_lower_asr_and_then_to_fewer_neurons() -> None:
     ] == (5, 2)
 
 
+def test_curves_are_put_together_by_their_counts() -> None:
+    families = {"asr_by_family": {"please": rate(0.5)}}
+    small = Rate(rate=0.5, count=10, total=20, low=0.0, high=1.0)
+    curves = [
+        [
+            Point(ZERO, metrics(0.8, 0.2)),
+            Point(Threshold(3, 2), Metrics(**{**metrics(0.2, 0.1), **families})),
+        ],
+        [
+            Point(ZERO, metrics(0.6, 0.2)),
+            Point(Threshold(3, 2), Metrics(**{**metrics(0.3, 0.1), "asr": small})),
+        ],
+    ]
+    off, other = pooled(curves)
+    assert off.threshold == ZERO and other.threshold == Threshold(3, 2)
+    assert off.asr == pytest.approx(0.7) and off.metrics["asr"]["total"] == 200
+    assert other.asr == pytest.approx(30 / 120) and other.over_refusal == pytest.approx(0.1)
+    ends = other.metrics["asr"]["low"], other.metrics["asr"]["high"]
+    assert ends == pytest.approx((0.1811, 0.3344), abs=1e-4), "the Wilson interval of 30 of 120"
+    assert "asr_by_family" not in other.metrics, "one of the two has none"
+
+
+def test_curves_over_different_thresholds_are_not_put_together() -> None:
+    with pytest.raises(LevelError, match="different thresholds"):
+        pooled([[OFF, point(3, 2, 0.2, 0.1)], [OFF, point(4, 2, 0.2, 0.1)]])
+
+
+def leveled_mask(seed: int, *points: Point) -> Mask:
+    mask = random_mask(tiny_model("llama"), seed=seed)
+    metadata = mask.metadata.model_copy(update={"seeds": {"tuning": seed}})
+    return with_levels(replace(mask, metadata=metadata), [OFF, *points], [record("harmful")], "some prompts")
+
+
+def test_masks_share_the_levels_of_their_curves_together() -> None:
+    """Alone each has another `security-critical`: by turns one of two points refuses too much."""
+    rest = [point(2, 2, 0.3, 0.2), point(1, 2, 0.4, 0.1)]
+    masks = [
+        leveled_mask(0, point(4, 2, 0.0, 0.33), point(3, 2, 0.2, 0.2), *rest),
+        leveled_mask(1, point(4, 2, 0.0, 0.25), point(3, 2, 0.2, 0.2), *rest),
+    ]
+    assert [each.levels.named["security-critical"].num_safety for each in masks] == [3, 4]
+    shared = with_shared_levels(masks)
+    for mask, alone in zip(shared, masks, strict=True):
+        assert mask.levels.named["security-critical"] == Threshold(4, 2)
+        assert mask.metadata.method["shared_levels"] == {"seeds": [0, 1]}
+        assert mask.metadata.evaluation["curve"][1]["metrics"]["over_refusal"]["rate"] == pytest.approx(0.29)
+        assert mask.metadata.data_digests["levels"] != alone.metadata.data_digests["levels"]
+        assert mask.safety.factors.tolist() == alone.safety.factors.tolist()
+    with pytest.raises(LevelError, match="seed 0 has no curve of its own"):
+        with_shared_levels(shared)
+
+
 def test_a_level_less_safe_than_off_is_refused_unless_allowed() -> None:
     points = [point(n, 2, 0.85, 0.1) for n in (1, 2, 3)]
     with pytest.raises(
@@ -155,13 +228,14 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    assert all(words in RULE for words in ("1 point below", "10 points above", "2 points above", "0.7 times"))
+    losses, gains = ("1 point below", "security-critical 2."), ("12 points above", "2 points above")
+    assert all(words in RULE for words in (*losses, *gains, "0.7 times", "not above off's"))
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
     found = grid(Threshold(20, 10))
-    assert found[0] == ZERO and len(found) == 15 == len(set(found))
-    assert found[1] == Threshold(2, 5) and found[-1] == Threshold(20, 10)
+    assert found[0] == ZERO and len(found) == 17 == len(set(found))
+    assert found[1] == Threshold(1, 2) and found[-1] == Threshold(20, 10)
     small = grid(Threshold(1, 1))
     assert len(small) == len(set(small)) and all(each.fits(Threshold(1, 1)) for each in small)
 
