@@ -85,7 +85,8 @@ FUZZ_CHECKS := not_a_server_error,status_code_conformance,content_type_conforman
 SEEDS ?= 0 1 2
 REPRODUCED := build/reproduce
 DEMO_MODEL := $(REPRODUCED)/model
-# Each with levels by its own curve; then with levels by all their curves together, which ships.
+# Each with levels by its own curve; then with levels by all their curves together, which ships. So other SEEDS
+# mean other levels: give them another REPRODUCED.
 ALONE := $(SEEDS:%=$(REPRODUCED)/alone/mask-%.safetensors)
 MASKS := $(SEEDS:%=$(REPRODUCED)/mask-%.safetensors)
 COMPARISONS := $(SEEDS:%=$(REPRODUCED)/comparison-%.done)

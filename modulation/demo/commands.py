@@ -178,15 +178,28 @@ def mask(
 @app.command("share-levels")
 def share_levels(
     masks: Annotated[list[Path], typer.Argument(help="Masks of `demo mask`, one a seed.")],
-    out_dir: Annotated[Path, typer.Option(help="Folder to write them to, under their names.")],
+    out_dir: Annotated[
+        Path, typer.Option(help="Folder to write them to, under their names; not where they are.")
+    ],
+    allow_less_safe: Annotated[
+        bool, typer.Option(help="Also write a level that is less safe than off.")
+    ] = False,
 ) -> None:
     """Choose the levels of several masks on all their validation curves together."""
-    if len({each.name for each in masks}) < len(masks):
+    files = [out_dir / each.name for each in masks]
+    if len(set(files)) < len(masks):
         raise typer.BadParameter("two masks have the same file name; each needs one of its own.")
-    shared = with_shared_levels([Mask.load(each) for each in masks])
+    if out_dir.exists() and not out_dir.is_dir():
+        raise typer.BadParameter(f"{out_dir} is no folder; name one.", param_hint="--out-dir")
+    if {each.resolve() for each in files} & {each.resolve() for each in masks}:
+        raise typer.BadParameter(
+            f"{out_dir} has these masks in it, and their own curves would be lost; name another folder.",
+            param_hint="--out-dir",
+        )
+    shared = with_shared_levels([Mask.load(each) for each in masks], allow_less_safe)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for path, made in zip(masks, shared, strict=True):
-        made.save(out_dir / path.name)
+    for file, made in zip(files, shared, strict=True):
+        made.save(file)
     typer.echo(f"Wrote {len(masks)} masks to {out_dir}.\n\n{describe(shared[0])}")
 
 
@@ -320,7 +333,7 @@ def adapt(
     run = AdaptationRun(settings_to_adapt(learned, []), steps, rate, refusal_budget, seed)
     with _bench(model, seed) as bench:
         found = adaptations(bench, learned, split, run, family, tqdm.write, level)
-    typer.echo(adaptation_table(found))
+    typer.echo(f"At level {level}:\n\n{adaptation_table(found)}")
     if json_out is not None:
         json_out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
 

@@ -37,10 +37,12 @@ OTHERS_PER_KIND: Final = 180
 
 @dataclass(frozen=True)
 class Adapted:
-    """One family: ASR on its other prompts and over-refusal, before and after, by where it started."""
+    """One family: ASR on its other prompts and over-refusal, before and after, by where it started, measured
+    at a named level."""
 
     family: str
     start: str
+    level: str
     asr_before: Rate
     asr_after: Rate
     over_refusal_before: Rate
@@ -72,7 +74,13 @@ def adaptations(
             )
             found.append(
                 Adapted(
-                    family, start, before["asr"], after["asr"], before["over_refusal"], after["over_refusal"]
+                    family,
+                    start,
+                    level,
+                    asr_before=before["asr"],
+                    asr_after=after["asr"],
+                    over_refusal_before=before["over_refusal"],
+                    over_refusal_after=after["over_refusal"],
                 )
             )
         on_done(family)

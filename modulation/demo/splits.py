@@ -44,8 +44,8 @@ def validation_records(seed: int, per_topic: int = 1) -> list[Record]:
 
 
 def level_records(seed: int) -> list[Record]:
-    """What levels are chosen by: attacked prompts of five draws a topic, and of the other kinds, of which a
-    point more or less counts, each different prompt that twenty draws hold."""
+    """What levels are chosen by: attacked prompts of five draws a topic, and of the other kinds, where one
+    point decides, each different prompt of twenty draws once."""
     attacked = [each for each in validation_records(seed, 5) if each.family in VALIDATION_FAMILIES]
     drawn = [each for each in validation_records(seed, 20) if each.family not in VALIDATION_FAMILIES]
     return attacked + list({each.prompt: each for each in drawn}.values())

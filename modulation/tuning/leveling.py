@@ -6,7 +6,7 @@ Knows the modulator, records and masks. Knows nothing of commands.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,9 @@ _NEEDED = {
     "borderline": ("borderline", False),
     "benign": ("benign", False),
 }
+
+SHARED_LEVELS: Final = "shared_levels"
+"""In the metadata's `method`: of which seeds the masks are whose curves chose the levels."""
 
 OnAnswered = Callable[[int], object]
 
@@ -109,27 +112,39 @@ def with_levels(
     return _leveled(mask, points, data_digest(records), source, allow_less_safe)
 
 
-def with_shared_levels(masks: Sequence[Mask]) -> list[Mask]:
+def with_shared_levels(masks: Sequence[Mask], allow_less_safe: bool = False) -> list[Mask]:
     """The masks with the levels that the rule chooses on all their curves together.
 
     A curve of a few hundred prompts errs by a few points, the curves of masks made alike with other seeds err
-    differently. Raises LevelError as `pooled` and `choose` do, and for a mask without a curve of its own.
+    differently. Raises LevelError as `pooled` and `choose` do, for fewer than two masks, for masks of one
+    seed or of different models, and for a mask that has no curve of its own.
     """
-    for mask in masks:
-        if "curve" not in mask.metadata.evaluation or "shared_levels" in mask.metadata.method:
-            raise LevelError(
-                f"The mask of seed {mask.metadata.seeds.get('tuning')} has no curve of its own: levels are "
-                "shared by masks as `neurontune demo mask` or `neurontune levels` writes them."
-            )
+    _refuse_unlike(masks)
     points = pooled([_curve(mask) for mask in masks])
     shared = {"seeds": [mask.metadata.seeds.get("tuning") for mask in masks]}
     sources = ", ".join(dict.fromkeys(mask.metadata.evaluation["prompts"] for mask in masks))
     digests = "|".join(mask.metadata.data_digests["levels"] for mask in masks)
     digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
-    leveled = [
-        _leveled(mask, points, digest, f"{sources}, {len(masks)} masks together", False) for mask in masks
-    ]
-    return [_with_method(mask, shared_levels=shared) for mask in leveled]
+    source = f"{sources}, {len(masks)} masks together"
+    leveled = [_leveled(mask, points, digest, source, allow_less_safe) for mask in masks]
+    return [_with_method(mask, **{SHARED_LEVELS: shared}) for mask in leveled]
+
+
+def _refuse_unlike(masks: Sequence[Mask]) -> None:
+    seeds = [mask.metadata.seeds.get("tuning") for mask in masks]
+    for mask, seed in zip(masks, seeds, strict=True):
+        if SHARED_LEVELS in mask.metadata.method:
+            raise LevelError(
+                f"The mask of seed {seed} has shared levels already: give each mask as it was before."
+            )
+        if "curve" not in mask.metadata.evaluation:
+            raise LevelError(f"The mask of seed {seed} has no curve: choose levels for it alone first.")
+    if len(masks) < 2 or len(set(seeds)) < len(masks):
+        raise LevelError(
+            f"Levels are shared by two masks or more, each of a seed of its own; these are of {seeds}."
+        )
+    if len({mask.metadata.model_fingerprint for mask in masks}) > 1:
+        raise LevelError("The masks are of different models: levels are shared by masks of one.")
 
 
 def _curve(mask: Mask) -> list[Point]:
@@ -148,7 +163,7 @@ def _leveled(mask: Mask, points: Sequence[Point], data: str, source: str, allow_
     metadata = mask.metadata.model_copy(
         update={
             "levels": {name: _pair(point) for name, point in levels.items()},
-            "method": {**mask.metadata.method, "rule": RULE},
+            "method": {**_without(mask.metadata.method, SHARED_LEVELS), "rule": RULE},
             "data_digests": {**mask.metadata.data_digests, "levels": data},
             "evaluation": {
                 "prompts": source,
@@ -158,6 +173,10 @@ def _leveled(mask: Mask, points: Sequence[Point], data: str, source: str, allow_
         }
     )
     return replace(mask, metadata=metadata)
+
+
+def _without(method: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in method.items() if key != name}
 
 
 def _pair(point: Point) -> tuple[int, int]:

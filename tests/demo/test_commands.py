@@ -146,21 +146,31 @@ def test_masks_share_their_levels_and_keep_their_names(tmp_path: Path) -> None:
     own.mkdir()
     mask = Mask.load(MASK_FILE)
     method = {name: value for name, value in mask.metadata.method.items() if name != "shared_levels"}
-    alone = replace(mask, metadata=mask.metadata.model_copy(update={"method": method}))
-    files = [own / "mask-0.safetensors", own / "mask-1.safetensors"]
-    for file in files:
-        alone.save(file)
-    arguments = ["share-levels", *map(str, files), "--out-dir", str(tmp_path / "shared")]
-    result = CliRunner().invoke(app, arguments)
+    files = [own / f"mask-{seed}.safetensors" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        metadata = mask.metadata.model_copy(update={"method": method, "seeds": {"tuning": seed}})
+        replace(mask, metadata=metadata).save(file)
+    shared = tmp_path / "shared"
+    result = CliRunner().invoke(app, ["share-levels", *map(str, files), "--out-dir", str(shared)])
     assert result.exit_code == 0, result.output
-    found = [Mask.load(tmp_path / "shared" / file.name) for file in files]
+    found = [Mask.load(shared / file.name) for file in files]
     assert found[0].levels.named == found[1].levels.named
     for made in found:
         rates = [each["metrics"]["asr"] for each in made.metadata.evaluation["curve"]]
         own_rates = [each["metrics"]["asr"] for each in mask.metadata.evaluation["curve"]]
         assert [each["total"] for each in rates] == [2 * each["total"] for each in own_rates]
-    result = CliRunner().invoke(app, ["share-levels", *map(str, files), str(files[0]), "--out-dir", "x"])
-    assert result.exit_code == 2 and "the same file name" in " ".join(result.output.split())
+    (tmp_path / "file").touch()
+    twice = [*map(str, files), str(files[0])]
+    for arguments, said in (
+        ([*twice, "--out-dir", str(shared)], "the same file name"),
+        ([*map(str, files), "--out-dir", str(own)], "their own curves would be lost"),
+        ([*map(str, files), "--out-dir", str(tmp_path / "file")], "is no folder"),
+    ):
+        before = {file: file.read_bytes() for file in files}
+        result = CliRunner().invoke(app, ["share-levels", *arguments])
+        told = " ".join(result.output.replace("│", " ").split())
+        assert result.exit_code == 2 and said in told
+        assert before == {file: file.read_bytes() for file in files}
 
 
 def test_adapt_refuses_a_level_that_the_mask_does_not_have() -> None:

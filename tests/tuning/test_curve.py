@@ -12,7 +12,20 @@ from modulation.evaluation.data import Record
 from modulation.evaluation.metrics import Metrics, Rate
 from modulation.levels import ZERO, Threshold
 from modulation.masks import Mask
-from modulation.tuning.curve import RULE, Point, choose, grid, pooled, sweep
+from modulation.tuning.curve import (
+    EQUAL_ASR,
+    LARGEST_ASR_SHARE,
+    LARGEST_BALANCED_GAIN,
+    LARGEST_CRITICAL_LOSS,
+    LARGEST_LOSS,
+    LARGEST_OVER_REFUSAL_GAIN,
+    RULE,
+    Point,
+    choose,
+    grid,
+    pooled,
+    sweep,
+)
 from modulation.tuning.leveling import (
     KeptPoints,
     refuse_lacking,
@@ -97,6 +110,8 @@ def test_utility_priority_has_the_fewest_neurons_with_asr_well_below_off_and_ove
         point(4, 2, 0.40, 0.21),
         point(3, 2, 0.57, 0.0),
     ) == [(9, 2), (7, 2), (4, 3)]
+    above = point(5, 2, 0.4, 0.60), point(6, 3, 0.5, 0.22), point(6, 2, 0.5, 0.22)
+    assert chosen(*rest[:1], point(7, 2, 0.3, 0.21), *above)[2] == (6, 2), "else the least above it"
     near = point(6, 4, 0.4, 0.10), point(6, 2, 0.4, 0.13), point(5, 3, 0.4, 0.12)
     assert chosen(*rest, *near)[2] == (5, 3), "as many: fewer safety neurons"
 
@@ -200,8 +215,37 @@ def test_masks_share_the_levels_of_their_curves_together() -> None:
         assert mask.metadata.evaluation["curve"][1]["metrics"]["over_refusal"]["rate"] == pytest.approx(0.29)
         assert mask.metadata.data_digests["levels"] != alone.metadata.data_digests["levels"]
         assert mask.safety.factors.tolist() == alone.safety.factors.tolist()
-    with pytest.raises(LevelError, match="seed 0 has no curve of its own"):
+    with pytest.raises(LevelError, match="seed 0 has shared levels already"):
         with_shared_levels(shared)
+    again = with_levels(shared[0], [OFF, *rest, point(3, 2, 0.2, 0.2)], [record("harmful")], "others")
+    assert "shared_levels" not in again.metadata.method
+
+
+def test_only_masks_of_one_model_with_curves_and_seeds_of_their_own_share_levels() -> None:
+    points = point(3, 2, 0.2, 0.2), point(2, 2, 0.3, 0.2), point(1, 2, 0.4, 0.1)
+    one, two = (leveled_mask(seed, *points) for seed in (0, 1))
+    bare = replace(two, metadata=two.metadata.model_copy(update={"evaluation": {}}))
+    other = replace(two, metadata=two.metadata.model_copy(update={"model_fingerprint": "other"}))
+    for masks, said in (
+        ([one], r"two masks or more.*of \[0\]"),
+        ([one, one], r"each of a seed of its own.*\[0, 0\]"),
+        ([one, bare], "seed 1 has no curve"),
+        ([one, other], "different models"),
+    ):
+        with pytest.raises(LevelError, match=said):
+            with_shared_levels(masks)
+
+
+def test_shared_levels_less_safe_than_off_are_refused_unless_allowed() -> None:
+    points = [point(n, 2, 0.7, 0.1) for n in (3, 2, 1)]
+    one, two = (leveled_mask(seed, *points) for seed in (0, 1))
+    worse = [replace(each, metrics=metrics(1.0, 0.1)) for each in points]
+    with pytest.raises(LevelError, match="less safe"):
+        leveled_mask(1, *worse)
+    two = with_levels(two, [OFF, *worse], [record("harmful")], "some prompts", allow_less_safe=True)
+    with pytest.raises(LevelError, match="less safe"):
+        with_shared_levels([one, two])
+    assert len(with_shared_levels([one, two], allow_less_safe=True)) == 2
 
 
 def test_a_level_less_safe_than_off_is_refused_unless_allowed() -> None:
@@ -228,8 +272,15 @@ def test_nothing_breaks_where_everything_fails() -> None:
 
 
 def test_the_rule_in_words_has_the_numbers_of_the_rule() -> None:
-    losses, gains = ("1 point below", "security-critical 2."), ("12 points above", "2 points above")
-    assert all(words in RULE for words in (*losses, *gains, "0.7 times", "not above off's"))
+    points = {
+        "at most {} point below off": LARGEST_LOSS,
+        "at security-critical {}.": LARGEST_CRITICAL_LOSS,
+        "at most {} points above off's, those whose ASR": LARGEST_OVER_REFUSAL_GAIN,
+        "within {} point of the least": EQUAL_ASR,
+        "at most {} points above off's, the best": LARGEST_BALANCED_GAIN,
+    }
+    assert all(words.format(round(100 * value)) in RULE for words, value in points.items())
+    assert f"at most {LARGEST_ASR_SHARE:g} times off's" in RULE
 
 
 def test_the_grid_begins_with_off_and_repeats_nothing() -> None:
