@@ -30,6 +30,7 @@ _LOOKS: Final = {
     "control": ("#b8860b", "s"),
     "rival": ("#b03a2e", "^"),
 }
+FEWEST_RIGHT: Final = 95
 Results = dict[str, dict[str, Any]]
 
 
@@ -164,7 +165,8 @@ def _cell(found: Sequence[Rate]) -> str:
 
 
 def save_plot(runs: Sequence[Results], path: Path) -> None:
-    """Draw the table as a file: attack success against over-refusal, means over the seeds.
+    """Draw the table as a file: attack success against over-refusal, means over the seeds that have the row.
+    Hollow marks are of models that break: fewer than 95 % of benign answers are right.
 
     Raises NeuronTuneError without matplotlib.
     """
@@ -172,21 +174,41 @@ def save_plot(runs: Sequence[Results], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    drawn = {name: found for name, found in _measured(runs).items() if found}
     with rc_context({"svg.hashsalt": "neurontune", "svg.fonttype": "path", "font.size": 9.0}):
-        figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
         axes = figure.subplots()
-        for name, found in _measured(runs).items():
-            if not found:
-                continue
+        for number, (name, found) in enumerate(drawn.items(), 1):
             x, y = (_mean(found, metric) for metric in ("over_refusal", "asr"))
             colour, marker = _LOOKS[found[0]["kind"]]
-            axes.scatter(x, y, color=colour, marker=marker, s=42, zorder=3)
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=7.5)
+            breaks = _mean(found, "benign_correct") < FEWEST_RIGHT
+            seeds = f"{len(found)} seed{'s' * (len(found) > 1)}"
+            axes.scatter(
+                x,
+                y,
+                facecolor="none" if breaks else colour,
+                edgecolor=colour,
+                marker=marker,
+                s=42,
+                zorder=3,
+                label=f"{number}  {name} ({seeds})",
+            )
+            side = (6, 4) if number % 2 else (-6, -10)
+            axes.annotate(
+                str(number),
+                (x, y),
+                textcoords="offset points",
+                xytext=side,
+                ha="left" if number % 2 else "right",
+                fontsize=8,
+            )
         axes.set_xlabel("held-out borderline prompts refused, %")
         axes.set_ylabel("held-out attacks that succeed, %")
         axes.set_xlim(left=0)
         axes.set_ylim(0, 100)
         axes.grid(linewidth=0.4, color="#dddddd")
+        title = f"hollow: fewer than {FEWEST_RIGHT} % of benign answers right"
+        figure.legend(loc="outside right upper", title=title, fontsize=8, title_fontsize=8, frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
 
