@@ -86,7 +86,7 @@ SEEDS ?= 0 1 2
 REPRODUCED := build/reproduce
 DEMO_MODEL := $(REPRODUCED)/model
 # Each with levels by its own curve; then with levels by all their curves together, which ships. So other SEEDS
-# mean other levels: give them another REPRODUCED.
+# mean other levels: give them another REPRODUCED. One call writes all masks (&: needs GNU make 4.3).
 ALONE := $(SEEDS:%=$(REPRODUCED)/alone/mask-%.safetensors)
 MASKS := $(SEEDS:%=$(REPRODUCED)/mask-%.safetensors)
 COMPARISONS := $(SEEDS:%=$(REPRODUCED)/comparison-%.done)

@@ -6,6 +6,7 @@ Knows the modulator, records and masks. Knows nothing of commands.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Final
 
 from transformers import PreTrainedTokenizerFast
@@ -126,8 +127,9 @@ def with_shared_levels(masks: Sequence[Mask], allow_less_safe: bool = False) -> 
     digests = "|".join(mask.metadata.data_digests["levels"] for mask in masks)
     digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
     source = f"{sources}, {len(masks)} masks together"
-    leveled = [_leveled(mask, points, digest, source, allow_less_safe) for mask in masks]
-    return [_with_method(mask, **{SHARED_LEVELS: shared}) for mask in leveled]
+    return [
+        _leveled(mask, points, digest, source, allow_less_safe, {SHARED_LEVELS: shared}) for mask in masks
+    ]
 
 
 def _refuse_unlike(masks: Sequence[Mask]) -> None:
@@ -152,18 +154,22 @@ def _curve(mask: Mask) -> list[Point]:
     return [Point(Threshold(*each["threshold"]), each["metrics"]) for each in found]
 
 
-def _with_method(mask: Mask, **steps: Any) -> Mask:
-    method = {**mask.metadata.method, **steps}
-    return replace(mask, metadata=mask.metadata.model_copy(update={"method": method}))
-
-
-def _leveled(mask: Mask, points: Sequence[Point], data: str, source: str, allow_less_safe: bool) -> Mask:
+def _leveled(
+    mask: Mask,
+    points: Sequence[Point],
+    data: str,
+    source: str,
+    allow_less_safe: bool,
+    shared: Mapping[str, Any] = MappingProxyType({}),
+) -> Mask:
+    """`data` is the digest of the prompts and `source` what they are; `shared` goes into the method."""
+    method = {name: step for name, step in mask.metadata.method.items() if name != SHARED_LEVELS}
     levels = choose(points, allow_less_safe=allow_less_safe)
     results: Mapping[str, Point] = {OFF: points[0], **levels}
     metadata = mask.metadata.model_copy(
         update={
             "levels": {name: _pair(point) for name, point in levels.items()},
-            "method": {**_without(mask.metadata.method, SHARED_LEVELS), "rule": RULE},
+            "method": {**method, **shared, "rule": RULE},
             "data_digests": {**mask.metadata.data_digests, "levels": data},
             "evaluation": {
                 "prompts": source,
@@ -173,10 +179,6 @@ def _leveled(mask: Mask, points: Sequence[Point], data: str, source: str, allow_
         }
     )
     return replace(mask, metadata=metadata)
-
-
-def _without(method: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in method.items() if key != name}
 
 
 def _pair(point: Point) -> tuple[int, int]:
