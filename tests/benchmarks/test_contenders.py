@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,10 +12,10 @@ import pytest
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
-from benchmarks.contenders.__main__ import FULL, _Run
+from benchmarks.contenders.__main__ import FULL, _loads, _Run
 from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
 from benchmarks.contenders.plain_hooks import create_app
-from benchmarks.contenders.sides import Contender, Setting, contenders, heats, ratios, sides, started
+from benchmarks.contenders.sides import Contender, Setting, Started, contenders, heats, ratios, sides, started
 from benchmarks.wire import Connection, Raw
 from modulation.demo import MASK_FILE, MODEL_DIR
 from modulation.masks import Mask
@@ -82,8 +83,8 @@ def test_levels_are_spread_as_each_side_says(setting: Setting) -> None:
     distinct = found["transformers: distinct"]
     numbers = [distinct.target([1], n).headers["X-Safety-Level"] for n in range(most)]
     assert sorted(map(int, numbers)) == list(range(1, most + 1))
-    for ours, theirs in ratios(("transformers", "vllm")).values():
-        together = [names for names in heats(("transformers", "vllm")).values() if {ours, theirs} <= {*names}]
+    for ours, theirs in ratios(setting).values():
+        together = [names for names in heats(setting).values() if {ours, theirs} <= {*names}]
         assert {ours, theirs} <= set(found) and together, "both sides are there, and asked in turns"
 
 
@@ -196,11 +197,11 @@ def test_what_was_measured_is_reported_whole_or_cut_short(
     setting: Setting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With vLLM there are sides that no heat asks; and a run can end before some heats."""
-    arguments = argparse.Namespace(full=True, seed=0, starts=2, rounds=2, shape=None)
+    arguments = argparse.Namespace(full=True, loads="", seed=0, starts=2, rounds=2, shape=None)
     run = _Run(setting, sides(setting), Asker(AutoTokenizer.from_pretrained(MODEL_DIR), 8), arguments)
     run.report()
     for load in run._loads:
-        for heat, names in heats(setting.engines).items():
+        for heat, names in heats(setting).items():
             for name in names:
                 speed = 300.0 if name.endswith("off") else 100.0
                 for turn in range(2):
@@ -211,6 +212,46 @@ def test_what_was_measured_is_reported_whole_or_cut_short(
     assert not any(cut_short["ratios"].values())
     assert whole["ratios"].keys() == {load.name for load in FULL}
     for found in whole["ratios"].values():
-        assert found.keys() == ratios(setting.engines).keys()
+        assert found.keys() == ratios(setting).keys()
         assert found["transformers: vs_vllm"]["median"] == pytest.approx(3)
         assert found["vllm: vs_vllm_adapters"]["median"] == pytest.approx(1)
+
+
+def test_all_sides_of_a_turn_have_the_same_times_of_arrival(setting: Setting) -> None:
+    drawn: list[tuple[int, float]] = []
+
+    class Listener:
+        async def round(self, _load: Load, turn: int, _target: object, source: random.Random) -> Measured:
+            drawn.append((turn, source.expovariate(1)))
+            return Measured(1.0, {}, {})
+
+    arguments = argparse.Namespace(full=False, loads="12 a second", seed=0, warmup=1, rounds=2)
+    run = _Run(setting, sides(setting), Listener(), arguments)  # type: ignore[arg-type]
+    names = ("transformers: off", "transformers serve")
+    running = {name: Started((1,), (), 0.0) for name in ("ours, transformers", "transformers serve")}
+    asyncio.run(run._ask_all(("heat", 0), {name: sides(setting)[name] for name in names}, running))
+    assert [turn for turn, _ in drawn] == [-1, -1, 0, 0, 1, 1]
+    assert len(set(drawn)) == 3
+
+
+def test_loads_are_chosen_by_parts_of_their_names() -> None:
+    def names(**given: object) -> list[str]:
+        return [load.name for load in _loads(argparse.Namespace(**{"full": False, "loads": "", **given}))]
+
+    assert names() == ["short, 1 at once", "short, 16 at once"]
+    assert names(full=True) == [load.name for load in FULL]
+    assert names(loads="long; a second") == ["long, 16 at once", "short, 12 a second"]
+    with pytest.raises(SystemExit, match=r"--loads '17': there are short, 1 at once; .*12 a second\."):
+        names(loads="17")
+
+
+def test_on_a_gpu_all_compute_in_bfloat16_and_transformers_serve_may_replay(setting: Setting) -> None:
+    there = replace(setting, device="cuda", vllm_python=None)
+    found, name = contenders(there), "transformers serve, graphs"
+    assert name in found and ("transformers: off", name) in ratios(there).values()
+    assert name in sides(there) and name in heats(there)["transformers serve"]
+    assert name not in contenders(setting) and name not in sides(setting)
+    for contender in found.values():
+        for command in contender.commands:
+            assert command[command.index("--dtype") + 1] == "bfloat16"
+            assert command[command.index("--device") + 1] == "cuda"
