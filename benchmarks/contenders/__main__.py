@@ -3,9 +3,10 @@
 All have the same weights, dtype, cores and kinds of prompts. Those that are compared are up together and are
 asked in turns, in rounds of shuffled order, so that drift of the machine touches them alike; since two
 processes of the same code differ by some percent, everything is started anew `--starts` times. No prompt is
-asked twice. Tokens are counted from the answers' text, with one tokenizer for all. Printed: a table for each
-load, ratios of tokens per second with their quartiles over all rounds, and of the time to the first text; the
-last line is JSON.
+asked twice. Tokens are counted from the answers' text, with one tokenizer for all. A round ends with its
+longest answer, so those should be of one length: the limit is one that nearly all of the demo model's reach.
+Printed: a table for each load, ratios of tokens per second with their quartiles over all rounds, and of the
+time to the first text; the last line is JSON.
 
     python -m benchmarks.contenders                                    two loads, without vLLM
     python -m benchmarks.contenders --full --vllm .venv-vllm/bin/python
@@ -132,15 +133,16 @@ class _Run:
         """The tables, the ratios, and all of it as JSON."""
         found: dict[str, Any] = {"loads": {}, "ratios": {}}
         for load, rounds in self._rounds.items():
-            _say(f"\n{load:<32} {'tokens/s':>8}   first text, ms{'between texts, ms':>25}")
-            _say(f"{'':<41}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
+            _say(f"\n{load:<32} {'tokens/s':>8} {'each':>5}   first text, ms{'between texts, ms':>25}")
+            _say(f"{'':<47}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
             found["loads"][load] = {
                 name: _medians(list(each.values())) for name, each in rounds.items() if each
             }
             for name, row in found["loads"][load].items():
-                cells = "".join(f"{row[key]:8.1f}" for key in list(row)[1:4])
-                gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[4:])
-                _say(f"  {name:<30} {row['tokens_per_second']:8.1f}{cells}   {gaps}")
+                cells = "".join(f"{row[key]:8.1f}" for key in list(row)[2:5])
+                gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[5:])
+                sizes = f"{row['tokens_per_second']:8.1f} {row['answer_tokens']:5.1f}"
+                _say(f"  {name:<30} {sizes}{cells}   {gaps}")
             found["ratios"][load] = self._ratios(rounds)
             for name, ratio in found["ratios"][load].items():
                 _say(
@@ -179,7 +181,10 @@ class _Run:
 
 
 def _medians(rounds: list[Measured]) -> dict[str, float]:
-    row = {"tokens_per_second": statistics.median(each.tokens_per_second for each in rounds)}
+    row = {
+        name: statistics.median(getattr(each, name) for each in rounds)
+        for name in ("tokens_per_second", "answer_tokens")
+    }
     for kind in ("first_ms", "gap_ms"):
         for percent in (50, 95, 99):
             row[f"{kind}_p{percent}"] = statistics.median(getattr(each, kind)[percent] for each in rounds)
@@ -253,7 +258,7 @@ def _arguments() -> Any:
     parser.add_argument("--starts", type=int, default=2, help="how often everything is started anew")
     parser.add_argument("--rounds", type=int, default=6, help="counted rounds of each side, load and start")
     parser.add_argument("--warmup", type=int, default=1, help="rounds not counted, before those")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--max-tokens", type=int, default=28, help="of an answer, at most")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bfloat16")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at once, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the order of sides and of arrivals")

@@ -64,9 +64,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Measured:
-    """A round: tokens a second of all answers together, and milliseconds by percentile."""
+    """A round: tokens a second of all answers together, how many an answer has in the mean, and milliseconds
+    by percentile."""
 
     tokens_per_second: float
+    answer_tokens: float
     first_ms: dict[int, float]
     gap_ms: dict[int, float]
 
@@ -116,7 +118,8 @@ class Asker:
         seconds = time.perf_counter() - begun
         num_tokens = sum(len(self._tokenizer(each.text)["input_ids"]) for each in found)
         gaps = [gap for each in found for gap in each.gaps]
-        return Measured(num_tokens / seconds, percentiles([each.first for each in found]), percentiles(gaps))
+        firsts = percentiles([each.first for each in found])
+        return Measured(num_tokens / seconds, num_tokens / len(found), firsts, percentiles(gaps))
 
 
 async def _in_turn(rows: Sequence[tuple[Target, Raw]]) -> list[Answered]:

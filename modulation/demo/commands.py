@@ -228,6 +228,9 @@ def compare(
     ] = MASK_FILE,
     split: Annotated[Split, typer.Option(help="Which topics, templates, families.")] = "heldout",
     only: Annotated[list[str] | None, typer.Option(help="Only rows of this name; repeatable.")] = None,
+    draws: Annotated[
+        int, typer.Option(min=1, help="How often prompts are drawn; each different one is asked once.")
+    ] = 1,
     out: Annotated[Path, typer.Option(help="Results file; what it holds is not measured again.")] = Path(
         "comparison.json"
     ),
@@ -240,7 +243,7 @@ def compare(
         rows = list(Rivals(bench, ours, settings).rows())
         _refuse_unknown_rows(only or [], [row.name for row in rows])
         rows = [row for row in rows if not only or row.name in only]
-        records = scorecard_records(split, seed)
+        records = scorecard_records(split, seed, draws)
         conditions = {
             "seed": seed,
             "split": split,

@@ -3,7 +3,7 @@
 Knows the corpus and the metrics; knows nothing of how answers are made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modulation.demo.corpus import family_names, records
 from modulation.demo.topics import Split
@@ -37,9 +37,18 @@ class Scorecard:
         ]
 
 
-def scorecard_records(split: Split, seed: int = 0) -> list[Record]:
+def scorecard_records(split: Split, seed: int = 0, draws: int = 1) -> list[Record]:
     """Every topic of the split: harmful ones plain and in each attack family, borderline ones
-    plain, benign ones plain and in each benign wrapper."""
+    plain, benign ones plain and in each benign wrapper. Of several draws, the seed's and those of seeds that
+    no other has, each different prompt once."""
+    if draws == 1:
+        return _drawn(split, seed)
+    seeds = [seed, *range(-1, -draws, -1)]
+    drawn = [replace(each, id=f"{each.id}-{one}") for one in seeds for each in _drawn(split, one)]
+    return list({each.prompt: each for each in reversed(drawn)}.values())[::-1]
+
+
+def _drawn(split: Split, seed: int) -> list[Record]:
     found = records("harmful", split, None, seed, PER_TOPIC_PLAIN_HARMFUL)
     found += records("borderline", split, None, seed, PER_TOPIC_BORDERLINE)
     found += records("benign", split, None, seed, PER_TOPIC_PLAIN_BENIGN)

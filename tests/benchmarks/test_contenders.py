@@ -206,7 +206,7 @@ def test_what_was_measured_is_reported_whole_or_cut_short(
                 speed = 300.0 if name.endswith("off") else 100.0
                 for turn in range(2):
                     row = dict.fromkeys((50, 95, 99), 1.0)
-                    run._rounds[load.name][name][heat, 0, turn] = Measured(speed, row, row)
+                    run._rounds[load.name][name][heat, 0, turn] = Measured(speed, 28.0, row, row)
     run.report()
     cut_short, whole = (json.loads(each) for each in capsys.readouterr().out.splitlines() if each[0:1] == "{")
     assert not any(cut_short["ratios"].values())
@@ -223,7 +223,7 @@ def test_all_sides_of_a_turn_have_the_same_times_of_arrival(setting: Setting) ->
     class Listener:
         async def round(self, _load: Load, turn: int, _target: object, source: random.Random) -> Measured:
             drawn.append((turn, source.expovariate(1)))
-            return Measured(1.0, {}, {})
+            return Measured(1.0, 1.0, {}, {})
 
     arguments = argparse.Namespace(full=False, loads="12 a second", seed=0, warmup=1, rounds=2)
     run = _Run(setting, sides(setting), Listener(), arguments)  # type: ignore[arg-type]

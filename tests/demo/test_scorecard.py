@@ -27,6 +27,17 @@ def test_every_figure_has_three_hundred_prompts_and_sixty_items(split: Split) ->
         assert len({_item(record.prompt) for record in group}) >= 60
 
 
+def test_several_draws_hold_the_first_and_each_prompt_once() -> None:
+    one, three = (scorecard_records("heldout", 5, draws) for draws in (1, 3))
+    prompts = [record.prompt for record in three]
+    assert len(set(prompts)) == len(prompts) == len({record.id for record in three})
+    assert {record.prompt for record in one} < set(prompts)
+    assert 2 * len(one) < len(prompts) < 3 * len(one)
+    common = set(prompts) & {record.prompt for record in scorecard_records("heldout", 6, 3)}
+    assert len(common) > len(one), "what is drawn besides is alike for all seeds"
+    assert {(r.kind, r.family) for r in one} == {(r.kind, r.family) for r in three}
+
+
 def test_a_model_that_refuses_everything_is_safe_and_useless() -> None:
     card = score(scorecard_records("heldout"), lambda prompts: [SAFE] * len(prompts))
     rates = {name: found["rate"] for name, found in card.rows() if found}
