@@ -124,7 +124,8 @@ class _Run:
                     target = partial(side.target, running[side.contender].ports)
                     # The same times of arrival for all sides of a turn.
                     source = random.Random(f"{self._arguments.seed} {run} {turn}")
-                    measured = await self._asker.round(load, turn, target, source)
+                    with running[side.contender].alone(running.values()):
+                        measured = await self._asker.round(load, turn, target, source)
                     if turn >= 0:
                         self._rounds[load.name][name][*run, turn] = measured
             _say(f"{run[0]}: {load.name}")
@@ -133,15 +134,15 @@ class _Run:
         """The tables, the ratios, and all of it as JSON."""
         found: dict[str, Any] = {"loads": {}, "ratios": {}}
         for load, rounds in self._rounds.items():
-            _say(f"\n{load:<32} {'tokens/s':>8} {'each':>5}   first text, ms{'between texts, ms':>25}")
-            _say(f"{'':<47}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
+            _say(f"\n{load:<32} {'tokens/s':>8} {'length':>6}   first text, ms{'between texts, ms':>25}")
+            _say(f"{'':<48}" + f"{'p50':>8}{'p95':>8}{'p99':>8}   " * 2)
             found["loads"][load] = {
                 name: _medians(list(each.values())) for name, each in rounds.items() if each
             }
             for name, row in found["loads"][load].items():
                 cells = "".join(f"{row[key]:8.1f}" for key in list(row)[2:5])
                 gaps = "".join(f"{row[key]:8.2f}" for key in list(row)[5:])
-                sizes = f"{row['tokens_per_second']:8.1f} {row['answer_tokens']:5.1f}"
+                sizes = f"{row['tokens_per_second']:8.1f} {row['answer_tokens']:6.1f}"
                 _say(f"  {name:<30} {sizes}{cells}   {gaps}")
             found["ratios"][load] = self._ratios(rounds)
             for name, ratio in found["ratios"][load].items():
@@ -219,13 +220,15 @@ def _setting(arguments: argparse.Namespace, folder: Path) -> Setting:
 
 
 def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
-    """Raises SystemExit where none is of the names that are wanted."""
-    loads = FULL if arguments.full or arguments.loads else BRIEF
+    """Raises SystemExit for a part that no load has in its name."""
+    if not arguments.loads:
+        return FULL if arguments.full else BRIEF
     parts = [part.strip() for part in arguments.loads.split(";")]
-    found = [load for load in loads if any(part in load.name for part in parts)]
-    if not found:
-        raise SystemExit(f"--loads {arguments.loads!r}: there are {'; '.join(load.name for load in FULL)}.")
-    return found
+    for part in parts:
+        if not part or not any(part in load.name for load in FULL):
+            accepted = "; ".join(load.name for load in FULL)
+            raise SystemExit(f"--loads: {part!r} is part of no load's name. There are {accepted}.")
+    return [load for load in FULL if any(part in load.name for part in parts)]
 
 
 def _hardware(device: str) -> str:
@@ -268,6 +271,9 @@ def _arguments() -> Any:
     arguments = parser.parse_args()
     if arguments.shape and (arguments.model, arguments.mask) != (MODEL_DIR, MASK_FILE):
         parser.error("--shape: comes with a model and a mask of its own; leave --model and --mask out")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    _loads(arguments)
     if arguments.starts < 2:
         parser.error("--starts: at least 2 are needed, since two processes of the same code differ")
     return arguments

@@ -38,13 +38,13 @@ def create_app(model_folder: str, mask_path: Path, device: str = "cpu", dtype: s
 
     def hooked(level: str) -> list[Any]:
         threshold = mask.levels.parse(level).threshold
-        gates = torch.ones(len(sites), sites[0].width, device=device, dtype=model.dtype)
+        gates = torch.ones(len(sites), sites[0].width)
         for neurons, count in ((mask.safety, threshold.num_safety), (mask.utility, threshold.num_utility)):
             for (layer, index), factor in zip(neurons.neurons[:count], neurons.factors[:count], strict=True):
                 gates[layer, index] = float(factor)
         return [
             site.module.register_forward_pre_hook(lambda _module, given, gate=gate: (given[0] * gate,))
-            for site, gate in zip(sites, gates, strict=True)
+            for site, gate in zip(sites, gates.to(device, model.dtype), strict=True)
         ]
 
     def events(question: Question, level: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +137,8 @@ def _transformers(setting: Setting) -> tuple[str, ...]:
     of that size anew at each step."""
     flags = f"--continuous-batching --device {setting.device} --dtype {setting.dtype}"
     flags += " --host 127.0.0.1 --log-level error"
-    cache = "--cb-block-size 32 --cb-num-blocks 512 --cb-max-batch-tokens 512"
+    tokens = 512 if setting.device == "cpu" else 2048  # of a step, as this server has it there
+    cache = f"--cb-block-size 32 --cb-num-blocks 512 --cb-max-batch-tokens {tokens}"
     program = f"{Path(sys.executable).parent}/transformers"
     return (program, "serve", setting.model, "--port", "{port}", *flags.split(), *cache.split())
 
@@ -250,12 +251,26 @@ class Started:
         family = [*roots, *(child for root in roots for child in root.children(recursive=True))]
         return float(sum(each.memory_info().rss for each in family) / 2**20)
 
+    @contextmanager
+    def alone(self, others: Iterable["Started"]) -> Iterator[None]:
+        """Within the block the others stand still: some of them, vLLM, take a core while nobody asks them."""
+        processes = [each for other in others if other is not self for each in other.processes]
+        try:
+            for process in processes:
+                os.killpg(process.pid, signal.SIGSTOP)
+            yield
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGCONT)
+
 
 @contextmanager
 def started(name: str, contender: Contender, log: IO[Any]) -> Iterator[Started]:
     """The contender, once every process of it is ready; ended with the block. Raises SystemExit where one
     does not become ready: `log` has what it said."""
     ports = tuple(_free_port() for _ in contender.commands)
+    # The caller's own paths stay: what is installed beside the interpreter is found by them.
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **contender.environment}
     processes: list[subprocess.Popen[bytes]] = []

@@ -252,6 +252,7 @@ def compare(
             "mask": ours.digest,
             "settings": settings.model_dump(mode="json"),
             "limits": asdict(LIMITS),
+            **({"draws": draws} if draws > 1 else {}),
         }
         found = compare_rows(bench, rows, records, out, conditions, tqdm.write)
     typer.echo(comparison_table([found]))

@@ -39,13 +39,15 @@ class Scorecard:
 
 def scorecard_records(split: Split, seed: int = 0, draws: int = 1) -> list[Record]:
     """Every topic of the split: harmful ones plain and in each attack family, borderline ones
-    plain, benign ones plain and in each benign wrapper. Of several draws, the seed's and those of seeds that
-    no other has, each different prompt once."""
+    plain, benign ones plain and in each benign wrapper. Of several draws, the seed's and those of negative
+    seeds, which no mask has, each different prompt once."""
     if draws == 1:
         return _drawn(split, seed)
-    seeds = [seed, *range(-1, -draws, -1)]
-    drawn = [replace(each, id=f"{each.id}-{one}") for one in seeds for each in _drawn(split, one)]
-    return list({each.prompt: each for each in reversed(drawn)}.values())[::-1]
+    found: dict[str, Record] = {}
+    for one in (seed, *range(-1, -draws, -1)):
+        for each in _drawn(split, one):
+            found.setdefault(each.prompt, replace(each, id=f"{each.id}-{one}"))
+    return list(found.values())
 
 
 def _drawn(split: Split, seed: int) -> list[Record]:

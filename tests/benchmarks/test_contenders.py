@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,9 +124,16 @@ def test_what_a_contender_has_started_ends_with_it(tmp_path: Path) -> None:
         "HTTPServer(('127.0.0.1', {port}), SimpleHTTPRequestHandler).serve_forever()\n"
     )
     parent = Contender((("python3", "-c", script),), "/")
-    with (tmp_path / "log").open("wb") as log, started("it", parent, log):
+    with (tmp_path / "log").open("wb") as log, started("it", parent, log) as found:
         child = psutil.Process(int((tmp_path / "pid").read_text()))
         assert child.is_running()
+        with replace(found).alone([found]):  # to what is asked, the other stands still, its children too
+            for pid in (child.pid, found.processes[0].pid):
+                while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+                    time.sleep(0.01)
+        assert child.status() != psutil.STATUS_STOPPED
+        with found.alone([found]):
+            assert child.status() != psutil.STATUS_STOPPED
     child.wait(10)
 
 
@@ -169,6 +177,7 @@ def test_a_round_counts_the_tokens_of_all_answers(rate: float | None) -> None:
     topics = {number: prompt.partition(". ")[2] for number, prompt in seen}
     assert all(topics[f"a{n}"] == topics[f"b{n}"] for n in range(6)) and len(set(topics.values())) == 6
     assert measured.tokens_per_second > 0 and measured.first_ms[50] > 0
+    assert measured.answer_tokens == len(asker._tokenizer.tokenize(" bread"))
 
 
 def test_a_connection_that_the_server_has_closed_is_opened_anew() -> None:
@@ -231,7 +240,7 @@ def test_all_sides_of_a_turn_have_the_same_times_of_arrival(setting: Setting) ->
     running = {name: Started((1,), (), 0.0) for name in ("ours, transformers", "transformers serve")}
     asyncio.run(run._ask_all(("heat", 0), {name: sides(setting)[name] for name in names}, running))
     assert [turn for turn, _ in drawn] == [-1, -1, 0, 0, 1, 1]
-    assert len(set(drawn)) == 3
+    assert len({seconds for _, seconds in drawn}) == 3
 
 
 def test_loads_are_chosen_by_parts_of_their_names() -> None:
@@ -241,8 +250,9 @@ def test_loads_are_chosen_by_parts_of_their_names() -> None:
     assert names() == ["short, 1 at once", "short, 16 at once"]
     assert names(full=True) == [load.name for load in FULL]
     assert names(loads="long; a second") == ["long, 16 at once", "short, 12 a second"]
-    with pytest.raises(SystemExit, match=r"--loads '17': there are short, 1 at once; .*12 a second\."):
-        names(loads="17")
+    for loads, part in (("17", "17"), ("long; 17", "17"), ("long;", ""), (" ", "")):
+        with pytest.raises(SystemExit, match=rf"--loads: '{part}' is part of no .* 12 a second\."):
+            names(loads=loads)
 
 
 def test_on_a_gpu_all_compute_in_bfloat16_and_transformers_serve_may_replay(setting: Setting) -> None:
@@ -255,3 +265,7 @@ def test_on_a_gpu_all_compute_in_bfloat16_and_transformers_serve_may_replay(sett
         for command in contender.commands:
             assert command[command.index("--dtype") + 1] == "bfloat16"
             assert command[command.index("--device") + 1] == "cuda"
+    assert "--cb-use-cuda-graph" in found[name].commands[0]
+    assert "--cb-use-cuda-graph" not in found["transformers serve"].commands[0]
+    vllm = contenders(replace(setting, device="cuda"))["vllm serve"].commands[0]
+    assert vllm[vllm.index("--dtype") + 1] == "bfloat16"
