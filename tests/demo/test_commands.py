@@ -118,6 +118,28 @@ def test_compare_needs_a_mask_that_says_how_it_was_made(
     assert named in " ".join(result.output.replace("│", " ").split())
 
 
+def test_compare_asks_as_many_draws_as_it_is_told_and_writes_down_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, object]] = []
+
+    def measured(
+        _bench: object, rows: list[Any], records: list[Any], _out: Path, conditions: Any, *_: Any
+    ) -> Any:
+        assert [row.name for row in rows] == ["no change"]
+        asked.append((len(records), conditions.get("draws")))
+        return {}
+
+    monkeypatch.setattr("modulation.demo.commands.compare_rows", measured)
+    for more in ([], ["--draws", "1"], ["--draws", "2"]):
+        arguments = ["compare", "--only", "no change", "--out", str(tmp_path / "out.json"), *more]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    (once, _), *_ = asked
+    assert asked[:2] == [(once, None)] * 2
+    assert asked[2][1] == 2 and 1.4 * once < asked[2][0] < 2 * once
+    assert CliRunner().invoke(app, ["compare", "--draws", "0"]).exit_code == 2
+
+
 def test_adapt_goes_on_with_the_settings_of_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask.load(MASK_FILE)
     mask.metadata.method["validation"]["settings"] |= {"gone_since": 3}
