@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -61,7 +61,8 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as folder, ending_with_sigterm():
         setting = _setting(arguments, Path(folder))
-        chosen = {name: side for name, side in sides(setting).items() if _is_wanted(name, arguments.only)}
+        found = sides(setting)
+        chosen = {name: found[name] for name in _named("--only", arguments.only, ",", found)}
         tokenizer = AutoTokenizer.from_pretrained(setting.model)
         run = _Run(setting, chosen, Asker(tokenizer, arguments.max_tokens), arguments)
         try:
@@ -223,21 +224,23 @@ def _loads(arguments: argparse.Namespace) -> Sequence[Load]:
     """Raises SystemExit for a part that no load has in its name."""
     if not arguments.loads:
         return FULL if arguments.full else BRIEF
-    parts = [part.strip() for part in arguments.loads.split(";")]
+    names = _named("--loads", arguments.loads, ";", [load.name for load in FULL])
+    return [load for load in FULL if load.name in names]
+
+
+def _named(flag: str, given: str, separator: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that hold a part of what the flag gives, all where it gives nothing. Raises SystemExit
+    for a part that none of them holds."""
+    parts = [part.strip() for part in given.split(separator)] if given else []
     for part in parts:
-        if not part or not any(part in load.name for load in FULL):
-            accepted = "; ".join(load.name for load in FULL)
-            raise SystemExit(f"--loads: {part!r} is part of no load's name. There are {accepted}.")
-    return [load for load in FULL if any(part in load.name for part in parts)]
+        if not part or not any(part in name for name in names):
+            raise SystemExit(f"{flag}: {part!r} is part of no name. There are {'; '.join(names)}.")
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def _hardware(device: str) -> str:
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     return processor if device == "cpu" else f"{torch.cuda.get_device_name()}, {processor}"
-
-
-def _is_wanted(name: str, only: str) -> bool:
-    return not only or any(part.strip() in name for part in only.split(","))
 
 
 def _say(text: str) -> None:

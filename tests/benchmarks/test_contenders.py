@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
-from benchmarks.contenders.__main__ import FULL, _loads, _Run
+from benchmarks.contenders.__main__ import FULL, _loads, _named, _Run
 from benchmarks.contenders.load import Asker, Load, Measured, Target, _texts, percentiles
 from benchmarks.contenders.plain_hooks import create_app
 from benchmarks.contenders.sides import Contender, Setting, Started, contenders, heats, ratios, sides, started
@@ -253,6 +253,15 @@ def test_loads_are_chosen_by_parts_of_their_names() -> None:
     for loads, part in (("17", "17"), ("long; 17", "17"), ("long;", ""), (" ", "")):
         with pytest.raises(SystemExit, match=rf"--loads: '{part}' is part of no .* 12 a second\."):
             names(loads=loads)
+
+
+def test_sides_are_chosen_by_parts_of_their_names() -> None:
+    there = ("ours: off", "ours: mixed", "theirs")
+    assert _named("--only", "", ",", there) == list(there)
+    assert _named("--only", "off, theirs", ",", there) == ["ours: off", "theirs"]
+    for only, part in (("off,other", "other"), ("off,", "")):
+        with pytest.raises(SystemExit, match=f"--only: '{part}' is part of no name. .* theirs"):
+            _named("--only", only, ",", there)
 
 
 def test_on_a_gpu_all_compute_in_bfloat16_and_transformers_serve_may_replay(setting: Setting) -> None:
