@@ -30,15 +30,16 @@ class Modulator:
 
     Set `thresholds` before a forward pass: int (tokens, 2) of (num_safety, num_utility), one row per
     token of the pass in row-major order, or (1, 2) for all of them. A forward pass without thresholds
-    raises; it never runs unmodulated.
+    raises; it never runs unmodulated. `fingerprint` is that of the model's weights; None: they are in `model`
+    itself.
 
     Raises, from the constructor:
         MaskMismatchError: the mask was made for another model.
         UnsupportedModelError: the model's family has no known sites.
     """
 
-    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
-        mask.verify(model)
+    def __init__(self, model: PreTrainedModel, mask: Mask, fingerprint: str | None = None) -> None:
+        mask.verify(model, fingerprint)
         self.model = model
         self._sites = [site for site in find_sites(model) if _neurons_in(mask, site.layer)]
         self._hooks = ExitStack()

@@ -25,9 +25,9 @@ from server.engines.threads import on_one_core
 class RequestMask:
     """A mask laid out for the model, as a request of a step carries it."""
 
-    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
+    def __init__(self, model: PreTrainedModel, mask: Mask, fingerprint: str | None = None) -> None:
         self.mask = mask
-        self.modulator = Modulator(model, mask)
+        self.modulator = Modulator(model, mask, fingerprint)
         if model.device.type == "cuda":
             # Steps run on a stream of their own. It may be recording, so the device must not be waited for.
             torch.cuda.current_stream(model.device).synchronize()
@@ -37,15 +37,17 @@ class RequestMask:
 
 
 class Masks:
-    """The masks that requests run under. Enter `with` it; leaving takes every hook off.
+    """The masks that requests run under. Enter `with` it; leaving takes every hook off. `fingerprint` is that
+    of the model's weights; None: they are in `model` itself.
 
     Raises, from the constructor:
         MaskError: the mask was made for another model.
     """
 
-    def __init__(self, model: PreTrainedModel, mask: Mask) -> None:
+    def __init__(self, model: PreTrainedModel, mask: Mask, fingerprint: str | None = None) -> None:
         self._model = model
-        self._in_force = InForce(mask.digest, RequestMask(model, mask))
+        self._fingerprint = fingerprint
+        self._in_force = InForce(mask.digest, RequestMask(model, mask, fingerprint))
         self._swapping = asyncio.Lock()
         self._hooked: dict[RequestMask, ExitStack] = {}
 
@@ -81,7 +83,7 @@ class Masks:
 
     def _made(self, mask: Mask) -> RequestMask:
         with on_one_core():
-            return RequestMask(self._model, mask)
+            return RequestMask(self._model, mask, self._fingerprint)
 
     def held(self, digest: str | None) -> AbstractContextManager[Known[RequestMask]]:
         """The mask of this digest, or the one in force, for a request to run under within the block.

@@ -24,6 +24,7 @@ from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from modulation.errors import ModelError
+from modulation.fingerprints import fingerprint
 from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
 from modulation.profiles import profile_of
@@ -45,6 +46,7 @@ from server.engines.cuda import batching_arguments
 from server.engines.grammar import Grammars
 from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
 from server.engines.masks import Masks, RequestMask
+from server.engines.packing import pack_weights
 from server.engines.preparing import Preparers, TokenizingEngine
 from server.engines.rows import PlaceLogprobs, Row
 from server.engines.sampling import RowArguments
@@ -152,7 +154,9 @@ class TransformersEngine(TokenizingEngine):
             page_size=_PAGE_SIZE,
         )
         with on_one_core():
-            self._masks = Masks(self._model, loaded_mask)
+            of_weights = fingerprint(self._model)  # they do not stay where they are
+            pack_weights(self._model)
+            self._masks = Masks(self._model, loaded_mask, of_weights)
         ends = stop_ids(self._model, tokenizer)
         why_no_graphs = why_not_varlen(self._model) if cuda_graphs else "as asked"
         uses_graphs = why_no_graphs is None
