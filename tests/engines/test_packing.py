@@ -1,11 +1,12 @@
 """Linear layers whose weights are laid out anew give what they gave, and large ones take no more memory."""
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
 from modulation.demo import MASK_FILE, MODEL_DIR
-from server.engines.packing import pack_weights
+from server.engines.packing import pack_weights, padded_rows
 from server.engines.transformers import TransformersEngine
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
@@ -37,6 +38,28 @@ def test_results_are_the_same_up_to_rounding(
     torch.testing.assert_close(
         found.double(), expected, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-2
     )
+
+
+def test_few_numbers_of_rows_are_computed_and_none_with_many_more_than_are_there() -> None:
+    computed = {number: padded_rows(number) for number in range(513)}
+    assert all(number <= found for number, found in computed.items())
+    assert all(found <= 1.25 * number for number, found in computed.items() if number > 16)
+    assert all(found - number <= 3 for number, found in computed.items() if number <= 16)
+    assert len(set(computed.values())) < 32
+    assert (computed[1], computed[512]) == (1, 512)
+
+
+def test_programs_for_many_numbers_of_rows_do_not_fill_the_memory() -> None:
+    """Made for each of 512 numbers they took 400 MB for each shape of a weight."""
+    layer = nn.Linear(*LARGE)
+    pack_weights(layer)
+    process = psutil.Process()
+    with torch.no_grad():
+        layer(torch.randn(512, LARGE[0]))
+        before = process.memory_info().rss
+        for number in range(1, 513):
+            layer(torch.randn(number, LARGE[0]))
+    assert process.memory_info().rss - before < 60 * 2**20
 
 
 def test_hooks_see_what_they_saw() -> None:
