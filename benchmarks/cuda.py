@@ -7,6 +7,7 @@ whose sides take turns in shuffled order:
                                 or each at a threshold of its own
     no hooks                    the bare model in the same engine
     eager                       mixed, the same padded steps run and not replayed
+    compiled                    mixed, in an engine of its own with the model compiled (with --compile)
 
 A step's floor is the larger of two times: its bytes (weights, and the keys and values of all requests) over
 the bandwidth of a copy, and its operations over the rate of a matrix product, both measured here. The last
@@ -41,8 +42,11 @@ from modulation.masks import Mask
 from server.engines.base import GenerateRequest, Sampling
 from server.engines.transformers import TransformersEngine
 
-SIDES: Final = ("off", "one", "mixed", "distinct", "no hooks", "eager")
-RATIOS: Final = (("mixed", "off"), ("distinct", "one"), ("off", "no hooks"), ("mixed", "eager"))
+SIDES: Final = ("off", "one", "mixed", "distinct", "no hooks", "eager", "compiled")
+RATIOS: Final = (
+    *(("mixed", "off"), ("distinct", "one"), ("off", "no hooks"), ("mixed", "eager")),
+    ("compiled", "mixed"),
+)
 
 
 def main() -> None:
@@ -54,20 +58,30 @@ def main() -> None:
         path = write(model, mask, folder)
         del model
         limits = {"gigabytes_per_second": _bandwidth(), "teraflops": _rate()}
-        engine = TransformersEngine(
-            str(folder),
-            path,
-            served_model_name="bench",
-            device="cuda",
-            max_num_seqs=max(arguments.concurrency),
-            kv_cache_tokens=max(arguments.concurrency) * (arguments.prompt + arguments.tokens + 64),
-            prefix_caching=False,
-        )
-        # An answer that may not end early has the length that was asked for.
-        engine._manager.generation_config.eos_token_id = -1
-        asyncio.run(_run(engine, mask, arguments, limits))
+        engines = [
+            _engine(folder, path, arguments, compiled) for compiled in (False, True)[: 1 + arguments.compile]
+        ]
+        asyncio.run(_run(engines, mask, arguments, limits))
     finally:
         shutil.rmtree(folder)
+
+
+def _engine(folder: Path, mask: Path, arguments: argparse.Namespace, compiled: bool) -> TransformersEngine:
+    begun = time.perf_counter()
+    engine = TransformersEngine(
+        str(folder),
+        mask,
+        served_model_name="bench",
+        device="cuda",
+        max_num_seqs=max(arguments.concurrency),
+        kv_cache_tokens=max(arguments.concurrency) * (arguments.prompt + arguments.tokens + 64),
+        prefix_caching=False,
+        compile_model=compiled,
+    )
+    _say(f"ready after {time.perf_counter() - begun:.1f} s{', compiled' if compiled else ''}")
+    # An answer that may not end early has the length that was asked for.
+    engine._manager.generation_config.eos_token_id = -1
+    return engine
 
 
 def _bandwidth() -> float:
@@ -96,23 +110,29 @@ def _seconds(call: Any) -> float:
 
 
 async def _run(
-    engine: TransformersEngine, mask: Mask, arguments: argparse.Namespace, limits: dict[str, float]
+    engines: Sequence[TransformersEngine],
+    mask: Mask,
+    arguments: argparse.Namespace,
+    limits: dict[str, float],
 ) -> None:
-    sizes = {}
+    engine, sizes = engines[0], {}
+    sides = SIDES if arguments.compile else SIDES[:-1]
     for number in arguments.concurrency:
         source = random.Random(arguments.seed)
         thresholds = _thresholds(mask, number, source)
         graphs: dict[str, Any] = {}
-        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
+        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for turn in range(-2, arguments.rounds):
-            for name in source.sample(SIDES, len(SIDES)):
-                with _side(engine, name, graphs):
-                    found = await _round(engine, thresholds[name], arguments, turn)
+            for name in source.sample(sides, len(sides)):
+                asked = engines[-1] if name == "compiled" else engine
+                with _side(asked, name, graphs):
+                    found = await _round(asked, thresholds[name], arguments, turn)
                 if turn >= 0:
                     rounds[name].append(found)
         sizes[number] = _figures(engine, number, rounds, arguments, limits)
         _tell(number, sizes[number])
-    await engine.close()
+    for each in engines:
+        await each.close()
     setting = {
         "hardware": torch.cuda.get_device_name(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -155,6 +175,7 @@ def _thresholds(mask: Mask, number: int, source: random.Random) -> dict[str, lis
         "distinct": distinct,
         "no hooks": off,
         "eager": mixed,
+        "compiled": mixed,
     }
 
 
@@ -225,6 +246,7 @@ def _figures(
         "ratios": {
             f"{one} / {other}": ratio([a for a, _ in rounds[one]], [b for b, _ in rounds[other]])
             for one, other in RATIOS
+            if one in rounds
         },
     }
 
@@ -254,6 +276,7 @@ def _arguments() -> Any:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each side, 2 or more")
+    parser.add_argument("--compile", action="store_true", help="a side more: the model compiled")
     parser.add_argument("--folder", type=Path, help="where the weights are written for a while")
     parser.add_argument("--seed", type=int, default=0, help="of weights, neurons, thresholds and order")
     arguments = parser.parse_args()

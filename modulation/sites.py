@@ -5,9 +5,9 @@ Knows module paths of model families. Knows nothing of masks or of what is done 
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modulation.errors import UnsupportedModelError
@@ -42,6 +42,8 @@ _EXPERT_COUNTS: Final = (
     "num_moe_experts",
 )
 
+_HOOK_POINT: Final = "_hook_point"
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -54,6 +56,29 @@ class Site:
     name: str
     module: nn.Module
     width: int
+
+
+class HookPoint(nn.Module):
+    """Stands for a site whose model's own code cannot take hooks that come and go, since it is compiled: the
+    site's input passes through, and the hooks are on this module.
+
+    From now on `find_sites` gives it as the site's module.
+    """
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["weight"] = projection.weight  # it has no parameters of its own
+
+    @classmethod
+    def put_on(cls, site: Site) -> Self:
+        """Make one for a site."""
+        point = cls(site.module)
+        site.module.__dict__[_HOOK_POINT] = point  # not as a submodule: the model is what it was
+        return point
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """The activations as they are."""
+        return activations
 
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
@@ -126,4 +151,5 @@ def input_dimension(module: nn.Module) -> int:
 def _site(layer: int, name: str, module: nn.Module) -> Site:
     weight = module.weight
     assert isinstance(weight, nn.Parameter), (name, type(weight))
-    return Site(layer=layer, name=name, module=module, width=int(weight.shape[input_dimension(module)]))
+    width = int(weight.shape[input_dimension(module)])
+    return Site(layer=layer, name=name, module=module.__dict__.get(_HOOK_POINT, module), width=width)

@@ -182,7 +182,12 @@ def build_engine(
 
     before_loading()
     return TransformersEngine(
-        model, mask, cuda_graphs=settings.cuda_graphs, max_failures=settings.max_engine_failures, **common
+        model,
+        mask,
+        cuda_graphs=settings.cuda_graphs,
+        compile_model=settings.compile,
+        max_failures=settings.max_engine_failures,
+        **common,
     )
 
 

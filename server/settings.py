@@ -21,7 +21,7 @@ MAX_KEY_BYTES: Final = 4096
 DEMO: Final = "demo"
 UNKNOWN_TO_FAKE: Final = frozenset(
     {"model", "mask", "device", "dtype", "kv_cache_tokens", "prefix_caching", "max_engine_failures"}
-    | {"cuda_graphs", "trust_remote_code", "allow_less_safe_levels"}
+    | {"cuda_graphs", "compile", "trust_remote_code", "allow_less_safe_levels"}
 )
 ONLY_VLLM: Final = frozenset(
     {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"}
@@ -35,6 +35,7 @@ UNKNOWN_TO_UPSTREAM: Final = frozenset(
         "kv_cache_tokens",
         "prefix_caching",
         "cuda_graphs",
+        "compile",
         "max_engine_failures",
         "trust_remote_code",
     }
@@ -196,6 +197,10 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(
         default=True, description="Transformers, on CUDA: record steps that are alike once and replay them."
     )
+    compile: bool = Field(
+        default=False,
+        description="Transformers: compile the model at the start, for faster steps. Needs a C++ compiler.",
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the model. Only for models you trust."
     )
@@ -276,6 +281,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "cuda_graphs is for the transformers engine; vLLM's own are switched off by "
                 "vllm_arg enforce_eager=true"
+            )
+        if self.engine == "vllm" and "compile" in self.model_fields_set:
+            raise ValueError(
+                "compile is for the transformers engine; how vLLM compiles is set by vllm_arg "
+                "optimization_level=NUMBER"
             )
         return self
 

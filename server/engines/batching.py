@@ -13,7 +13,7 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsIndex, overload
+from typing import Any, Final, SupportsIndex, overload
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -28,9 +28,13 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
+from modulation.errors import ModelError
 from modulation.levels import Threshold
+from server.engines import attention, varlen
 from server.engines.attention import NAME as BY_REQUEST
 from server.engines.attention import PlannedIOs, can_attend_by_request
+from server.engines.compiled import NAME as COMPILED
+from server.engines.compiled import Attend, CompiledForward
 from server.engines.cuda import CudaRunner
 from server.engines.sampling import RequestProcessors, row_of
 from server.engines.taking_back import SuspectScheduler, release, take_back
@@ -38,6 +42,8 @@ from server.engines.tallying import Tally
 from server.engines.threads import StepThreads
 from server.engines.varlen import NAME as VARLEN
 from server.engines.varlen import can_attend_varlen
+
+_ATTENDS: Final[dict[str, Attend]] = {BY_REQUEST: attention.attend, VARLEN: varlen.attend}
 
 
 def request_id(
@@ -161,9 +167,12 @@ class LevelManager(ContinuousBatchingManager):
     """A continuous-batching manager that samples per request and keeps a cache per level.
 
     A request whose logits are NaN or infinite, or that does not fit into memory, fails alone: its row says
-    why. Steps run on `num_threads` cores. `on_lost_step` is called on the manager's thread when a step was
-    given up before its end, and `on_end` with the manager, also there, when its loop has ended, whatever
-    ended it.
+    why. Steps run on `num_threads` cores, and through `compiled` where the model is. `on_lost_step` is called
+    on the manager's thread when a step was given up before its end, and `on_end` with the manager, also
+    there, when its loop has ended, whatever ended it.
+
+    Raises:
+        ModelError: the model is compiled, and its attention is not one that a compiled pass can call.
     """
 
     def __init__(
@@ -174,7 +183,9 @@ class LevelManager(ContinuousBatchingManager):
         num_threads: int,
         on_lost_step: Callable[[], None],
         on_end: Callable[["LevelManager"], None],
+        compiled: CompiledForward | None = None,
     ) -> None:
+        self._compiled = compiled
         super().__init__(model, generation, batching)  # type: ignore[arg-type]
         most = self.continuous_batching_config.max_requests_per_batch
         assert most is not None
@@ -188,13 +199,22 @@ class LevelManager(ContinuousBatchingManager):
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """As the base class does, and then to attention by request where the model can have it."""
-        if model.config._attn_implementation in (BY_REQUEST, VARLEN):  # by a manager that never ran
+        if model.config._attn_implementation in (BY_REQUEST, VARLEN, COMPILED):  # by a manager that never ran
             model.set_attn_implementation("sdpa")
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
         ours = BY_REQUEST if can_attend_by_request(model) else VARLEN if can_attend_varlen(model) else None
-        if ours is not None:
-            self._original_attn_impl = model.config._attn_implementation
-            model.set_attn_implementation(ours)
+        self._attends = ours
+        if ours is None and self._compiled is not None:
+            raise ModelError(
+                f"The model {type(model).__name__} cannot be compiled: its layers do not all attend to "
+                "everything before them, or not by a function that this knows. Leave --compile out."
+            )
+        if ours is None:
+            return
+        self._original_attn_impl = model.config._attn_implementation
+        model.set_attn_implementation(COMPILED if self._compiled else ours)
+        if self._compiled:
+            self._compiled.attend = _ATTENDS[ours]
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -203,7 +223,7 @@ class LevelManager(ContinuousBatchingManager):
         processor.cache.__class__ = LevelCache
         assert type(processor.scheduler) in (FIFOScheduler, SuspectScheduler), type(processor.scheduler)
         processor.scheduler.__class__ = SuspectScheduler
-        if self.model.config._attn_implementation == BY_REQUEST:
+        if self._attends == BY_REQUEST:
             inputs = processor.inputs_and_outputs
             assert type(inputs) in (ContinuousBatchingIOs, PlannedIOs), type(inputs)
             inputs.__class__ = PlannedIOs
@@ -302,7 +322,7 @@ class LevelManager(ContinuousBatchingManager):
         return True
 
     def _generation_step(self) -> None:
-        if self.model.device.type == "cpu":
+        if self.model.device.type == "cpu" and self._compiled is None:  # it is compiled for so many threads
             self._threads.use(self._outputs.num_request_in_batch, self._outputs.num_q_tokens)
         super()._generation_step()
         broken = self.processors.end_step(self._outputs.output_ids[0])

@@ -13,7 +13,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from modulation.errors import ModelError
 from modulation.fingerprints import fingerprint
+from modulation.levels import ZERO, Threshold
 from modulation.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from modulation.masks import Mask
 from modulation.profiles import profile_of
@@ -42,6 +43,7 @@ from server.engines.base import (
     TokenLogprob,
 )
 from server.engines.batching import LevelManager, request_id
+from server.engines.compiled import CompiledForward
 from server.engines.cuda import batching_arguments
 from server.engines.grammar import Grammars
 from server.engines.limits import refuse_unknown_adapter, refuse_unknown_bias, token_limit
@@ -127,6 +129,7 @@ class TransformersEngine(TokenizingEngine):
         max_num_seqs: int = 64,
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
+        compile_model: bool = False,
         trust_remote_code: bool = False,
         allow_less_safe_levels: bool = False,
         max_failures: int = DEFAULT_MAX_FAILURES,
@@ -155,7 +158,10 @@ class TransformersEngine(TokenizingEngine):
         )
         with on_one_core():
             of_weights = fingerprint(self._model)  # they do not stay where they are
-            pack_weights(self._model)
+            # torch's compiler does not take layers that are packed.
+            self._compiled = CompiledForward(self._model) if compile_model else None
+            if not compile_model:
+                pack_weights(self._model)
             self._masks = Masks(self._model, loaded_mask, of_weights)
         ends = stop_ids(self._model, tokenizer)
         why_no_graphs = why_not_varlen(self._model) if cuda_graphs else "as asked"
@@ -175,6 +181,7 @@ class TransformersEngine(TokenizingEngine):
                 "max_model_len": str(sizes.max_model_len),
                 "kv_cache_tokens": str(sizes.cache_tokens),
                 "prefix_caching": str(prefix_caching).lower(),
+                **({"compiled": "true"} if compile_model else {}),
                 **({"cuda_graphs": _told(why_no_graphs)} if on_device.value == "cuda" else {}),
             },
             mask=profile_of(loaded_mask),
@@ -351,7 +358,13 @@ class TransformersEngine(TokenizingEngine):
         generation = generation_config(self._text.stop_ids)
         batching = ContinuousBatchingConfig(**self._batching)
         return LevelManager(
-            self._model, generation, batching, self._num_threads, self._masks.forget_step, self._on_end
+            self._model,
+            generation,
+            batching,
+            self._num_threads,
+            self._masks.forget_step,
+            self._on_end,
+            self._compiled,
         )
 
     def _start_manager(self) -> None:
@@ -387,17 +400,23 @@ class TransformersEngine(TokenizingEngine):
         Raises:
             ModelError: the model's code cannot run in continuous batching.
         """
+        self._probe_with([(number + 2, each.threshold) for number, each in enumerate(self._info.levels)])
+        if self._compiled:  # for one token as for one request it is compiled apart
+            self._probe_with([(2, ZERO)])
+
+    def _probe_with(self, probes: Sequence[tuple[int, Threshold]]) -> None:
+        """As many requests as there are pairs of a prompt's length and a threshold, together."""
         mask = self._masks.current
-        for number, level in enumerate(self._info.levels):
-            prompt = (0,) * (number + 2)
-            request = GenerateRequest(prompt, level.threshold, Sampling(temperature=number % 2))
+        for number, (length, threshold) in enumerate(probes):
+            prompt = (0,) * length
+            request = GenerateRequest(prompt, threshold, Sampling(temperature=number % 2))
             self._manager.add_request(
                 list(prompt),
-                request_id=request_id(next(self._numbers), level.threshold, mask.number),
+                request_id=request_id(next(self._numbers), threshold, mask.number),
                 max_new_tokens=2,
                 **self._arguments(request, Row(prompt, request.sampling), mask.value).as_keywords(),
             )
-        for _ in self._info.levels:
+        for _ in probes:
             output = self._probed()
             if output is None or output.error is not None:
                 raise ModelError(

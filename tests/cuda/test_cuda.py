@@ -135,7 +135,17 @@ def test_families_have_the_logits_that_they_have_on_cpu(family: str) -> None:
     torch.testing.assert_close(logits("cuda"), logits("cpu"), atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cuda_graphs": False}, {"dtype": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cuda_graphs": False},
+        {"dtype": "float32"},
+        {"compile_model": True},
+        {"compile_model": True, "cuda_graphs": False},
+    ],
+    ids=str,
+)
 async def test_24_requests_at_six_levels_answer_as_plain_transformers_does(
     folder: Path, settings: dict[str, Any]
 ) -> None:
@@ -149,14 +159,15 @@ async def test_24_requests_at_six_levels_answer_as_plain_transformers_does(
             assert worst(folder, mask, engine, requests, answers) < NEAR
         elsewhere = [replace(each, threshold=ZERO) for each in requests]
         assert worst(folder, mask, engine, elsewhere, answers) > 1, "levels must make a difference"
-        assert bool(graphs(engine)) == (settings == {})
+        assert bool(graphs(engine)) == settings.get("cuda_graphs", "dtype" not in settings)
 
 
-async def test_graphs_are_recorded_anew_for_another_mask(folder: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+async def test_graphs_are_recorded_anew_for_another_mask(folder: Path, compiled: bool) -> None:
     first = Mask.load(folder / "mask.safetensors")
     second = scaled(first, 3)
     request = ask("hello", Threshold(12, 9))
-    async with serving(folder) as engine:
+    async with serving(folder, compile_model=compiled) as engine:
         for mask, other in ((first, second), (second, first), (first, second)):
             await engine.use_mask(mask)
             answer = tokens(await collect(engine.generate(request)))
@@ -215,8 +226,9 @@ async def test_a_seed_repeats_and_seeds_differ_when_steps_are_replayed(folder: P
     assert len(set(first)) == 6
 
 
-async def test_modulation_is_timed(folder: Path) -> None:
-    async with serving(folder) as engine:
+@pytest.mark.parametrize("compiled", [False, True])
+async def test_modulation_is_timed(folder: Path, compiled: bool) -> None:
+    async with serving(folder, compile_model=compiled) as engine:
         engine._tally._sample_every = 16
         await collect(engine.generate(ask("hello", THRESHOLDS[1], max_tokens=100)))
         seconds = engine.tallies().modulation_seconds

@@ -64,6 +64,7 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({"adapter": "balanced=b"}, "adapter; leave it"),
         ({**UPSTREAM, "device": "cpu"}, "no use for device"),
         ({**UPSTREAM, "cuda_graphs": "false"}, "no use for cuda_graphs"),
+        ({**UPSTREAM, "compile": "true"}, "no use for compile"),
         ({**UPSTREAM, "model": "m"}, "no use for model"),
         ({**UPSTREAM, "upstream": "up:1"}, "--upstream"),
         ({**UPSTREAM, "upstream": "http://me:it@up"}, "--upstream"),
@@ -77,6 +78,8 @@ UPSTREAM = {"engine": "upstream", "upstream": "http://up:8001/v1", "mask": "m.sa
         ({**UPSTREAM, "tensor_parallel_size": "2"}, "no use for tensor_parallel_size"),
         ({"engine": "vllm", "max_engine_failures": "2"}, "leave max_engine_failures out"),
         ({"engine": "vllm", "cuda_graphs": "false"}, "enforce_eager=true"),
+        ({"engine": "vllm", "compile": "true"}, "optimization_level=NUMBER"),
+        ({"engine": "fake", "compile": "true"}, "no use for compile"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(flags: dict[str, Any], words: str) -> None:
