@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ NAME: Final = "in_compiled_pass"
 
 Attend = Callable[..., tuple[Tensor, None]]
 
-# What the pass that this thread runs calls: its `at_site` and its `attend`.
+# What the pass that this thread runs calls: its `at_site` and its `attend`. An operation of torch's is the
+# same for all models of a process, so this cannot be kept anywhere but here; between passes it is empty.
 _running = threading.local()
 
 
@@ -70,16 +72,17 @@ AttentionInterface.register(NAME, _attend_in_pass)
 
 def refuse_without_compiler() -> None:
     """Raise ModelError where there is no C++ compiler: torch.compile needs one, also beside a GPU."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if not any(map(shutil.which, wanted)):
+    wanted = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(wanted) is None:
         raise ModelError(
-            f"--compile needs a C++ compiler, and there is no {' or '.join(wanted)}: install one (Debian: "
+            f"--compile needs a C++ compiler, and there is no {wanted}: install one (Debian: "
             "apt-get install g++), name another in CXX, or leave --compile out."
         )
 
 
 class CompiledForward:
-    """The forward pass of `model`, from now on compiled; on every thread that runs it, at its first steps.
+    """The forward pass of `model`, from now on compiled, at its first steps, for as many threads as torch has
+    there: a step on another number of them would be compiled anew.
 
     It runs only as a step of continuous batching, with `attend` set to the function that attends. Masks are
     laid out for the model after this, since they hook what stands for its sites.
@@ -109,6 +112,10 @@ class CompiledForward:
 
     def _run(self, step: dict[str, Any]) -> Any:
         """A step: the model gets what its pass names, attention the rest."""
+        kept = step.get("logits_to_keep")
+        if isinstance(kept, Tensor):
+            # Part of a larger tensor, but not where a prompt is scored; the compiler tells those apart.
+            step["logits_to_keep"] = kept.clone()
         of_attention = {name: each for name, each in step.items() if name not in self._named}
         with self._runs(of_attention):
             return self._compiled(**{name: each for name, each in step.items() if name in self._named})

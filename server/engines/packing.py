@@ -19,7 +19,8 @@ from torch.nn.functional import linear, pad
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 # Smaller weights stay in the core's cache, and calling oneDNN takes longer than MKL takes for them.
 _FEWEST: Final = 120_000
-# Of smaller weights than that it takes longer for a single row.
+# Smaller weights than that stay in the core's cache from step to step where a model has no others, and for a
+# single row of them calling oneDNN takes longer (docs/measurements.md).
 _FEWEST_FOR_ONE_ROW: Final = 300_000
 # Rows that a layout is chosen for; it serves fewer and more nearly as well as their own.
 _NUM_ROWS: Final = 16
@@ -29,8 +30,8 @@ def pack_weights(model: nn.Module) -> None:
     """Lay the weights of `model`'s linear layers out anew where that makes them faster, for good: results
     are the same up to rounding, and no gradient flows. On other devices, or without oneDNN, nothing happens.
 
-    A large weight that nothing else uses is given up for its copy: what `module.weight` gives then has its
-    shape, dtype and device, and is NaN.
+    A small weight, and one that an embedding shares, is kept beside its copy. Any other is given up for it:
+    what `module.weight` gives then has its shape, dtype and device, and is NaN.
     """
     users = Counter(id(each.weight) for each in model.modules() if hasattr(each, "weight"))
     for module in model.modules():
@@ -62,21 +63,21 @@ def packed_linear(weight: Tensor, bias: Tensor | None, fewest_rows: int) -> Call
         found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
         return found
 
-    def multiplied(given: Tensor) -> Tensor:
-        number = given.shape[:-1].numel()
+    def multiplied(input: Tensor) -> Tensor:
+        number = input.shape[:-1].numel()
         missing = padded_rows(number) - number
         if not missing:
-            return product(given)
-        rows = given.reshape(number, given.shape[-1])
+            return product(input)
+        rows = input.reshape(number, input.shape[-1])
         products = product(pad(rows, (0, 0, 0, missing)))[:number]
-        return products.view(*given.shape[:-1], products.shape[-1])
+        return products.view(*input.shape[:-1], products.shape[-1])
 
     if fewest_rows == 1:
         return multiplied
 
-    def forward(given: Tensor) -> Tensor:
-        few = given.shape[:-1].numel() < fewest_rows
-        return linear(given, weight, bias) if few else multiplied(given)
+    def forward(input: Tensor) -> Tensor:
+        few = input.shape[:-1].numel() < fewest_rows
+        return linear(input, weight, bias) if few else multiplied(input)
 
     return forward
 

@@ -64,6 +64,9 @@ _PAGE_SIZE: Final = 32
 # Dividing logits by less would overflow float32; sampling has long become greedy there.
 _GREEDY_BELOW: Final = 1e-5
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
+_COMPILE_TIMEOUT_SECONDS: Final = 1800.0
+# Tokens of a step are padded to a multiple of it where steps are replayed; transformers' own default.
+_PADDED_TO: Final = 64
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
 
@@ -400,9 +403,14 @@ class TransformersEngine(TokenizingEngine):
         Raises:
             ModelError: the model's code cannot run in continuous batching.
         """
+        if self._compiled:
+            # Sizes that are equal when it is compiled are taken to be so always: at first there are more
+            # tokens than rows of logits, also where steps are padded to as many rows as requests may be.
+            most = int(self._batching["max_requests_per_batch"])
+            long = min(most + _PADDED_TO + 1, self._info.max_model_len - 2)
+            for lengths in ([long], [long, 3]):  # of a single request, and of one token, it is compiled apart
+                self._probe_with([(length, ZERO) for length in lengths])
         self._probe_with([(number + 2, each.threshold) for number, each in enumerate(self._info.levels)])
-        if self._compiled:  # for one token as for one request it is compiled apart
-            self._probe_with([(2, ZERO)])
 
     def _probe_with(self, probes: Sequence[tuple[int, Threshold]]) -> None:
         """As many requests as there are pairs of a prompt's length and a threshold, together."""
@@ -422,11 +430,13 @@ class TransformersEngine(TokenizingEngine):
                 raise ModelError(
                     f"Model {self._model_name!r} ({type(self._model).__name__}) cannot run in transformers' "
                     f"continuous batching: {output.error if output else 'no answer in time'}."
+                    + (" Leave --compile out to run it as it is." if self._compiled else "")
                 )
 
     def _probed(self) -> GenerationOutput | None:
         """The next answer of a probe; None: too late, or the engine is being closed."""
-        deadline = time.monotonic() + _PROBE_TIMEOUT_SECONDS
+        limit = _COMPILE_TIMEOUT_SECONDS if self._compiled else _PROBE_TIMEOUT_SECONDS
+        deadline = time.monotonic() + limit
         while time.monotonic() < deadline and not self._supervisor.is_closed:
             output = self._manager.get_result(timeout=1.0)
             if output is not None or not self._manager.is_running():

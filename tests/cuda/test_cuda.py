@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from modulation import fused
@@ -224,6 +225,17 @@ async def test_a_seed_repeats_and_seeds_differ_when_steps_are_replayed(folder: P
         assert {key[-4:] for key in graphs(engine)} >= {(False, False, True, True)}
     assert first == again
     assert len(set(first)) == 6
+
+
+async def test_nothing_is_compiled_while_serving(folder: Path) -> None:
+    """With as many rows of logits as a short step is padded to tokens."""
+    async with serving(folder, compile_model=True) as engine:
+        before = counters["stats"]["unique_graphs"]
+        for lengths in ([3], [200], [200, 3, 90], [3, 5, 7, 9]):
+            requests = [ask("x" * length, THRESHOLDS[1]) for length in lengths]
+            requests += [replace(each, num_prompt_logprobs=2) for each in requests[:1]]
+            await asyncio.gather(*(collect(engine.generate(each)) for each in requests))
+        assert counters["stats"]["unique_graphs"] == before
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from modulation.levels import Threshold
 from modulation.masks import Mask
 from modulation.modulator import Modulator
 from modulation.sites import HookPoint, find_sites
-from server.engines.base import GenerateRequest
+from server.engines.base import EngineUnavailableError, GenerateRequest
 from server.engines.transformers import TransformersEngine
-from tests.engines.contract import collect, tokens
+from tests.engines.contract import collect, tokens, until
 from tests.engines.test_transformers import THRESHOLDS, ask, oracle, serving
 from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder, tiny_model
 
@@ -67,16 +68,25 @@ async def test_requests_at_six_levels_answer_as_each_does_by_itself_in_plain_tra
     assert await answered(engine, requests) == expected
     assert await answered(engine, requests[:7]) == expected[:7]
     assert [(await answered(engine, [each]))[0] for each in requests[:7]] == expected[:7]
+    scored = [replace(requests[0], num_prompt_logprobs=2), requests[5]]
+    assert await answered(engine, scored) == [expected[0], expected[5]]
+    assert await answered(engine, [replace(requests[0], num_prompt_logprobs=2)]) == expected[:1]
     assert counters["stats"]["unique_graphs"] == before, "a step had to wait for the compiler"
 
 
 @needs_compiler
-async def test_masks_are_swapped_without_compiling_anew(folder: Path, engine: TransformersEngine) -> None:
+async def test_masks_are_swapped_without_compiling_anew(
+    folder: Path, engine: TransformersEngine, tmp_path: Path
+) -> None:
     first = Mask.load(folder / "mask.safetensors")
     second = scaled(first, 1.7)
     request = ask("hello", Threshold(12, 9), max_tokens=100)
     before = counters["stats"]["unique_graphs"]
     [of_first] = oracle(folder, [request])
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    save_mask(second, other)
+    [expected_of_second] = oracle(other, [request])
     running = engine.generate(request)
     begun = await anext(running)
     await engine.use_mask(second)
@@ -84,7 +94,8 @@ async def test_masks_are_swapped_without_compiling_anew(folder: Path, engine: Tr
         [of_second], rest = await asyncio.gather(answered(engine, [request]), collect(running))
     finally:
         await engine.use_mask(first)
-    assert begun.token_ids + tokens(rest) == of_first != of_second
+    assert begun.token_ids + tokens(rest) == of_first
+    assert of_second == expected_of_second != of_first
     assert counters["stats"]["unique_graphs"] == before
     assert await answered(engine, [request]) == [of_first]
 
@@ -97,12 +108,31 @@ async def test_modulation_is_timed(engine: TransformersEngine) -> None:
     assert sum(engine.tallies().modulation_seconds.counts) >= before + 4
 
 
+@needs_compiler
+async def test_an_engine_that_failed_is_rebuilt_without_compiling_anew(
+    folder: Path, engine: TransformersEngine
+) -> None:
+    request = ask("hello", Threshold(6, 3))
+    before, manager = counters["stats"]["unique_graphs"], engine._manager
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a step went wrong")
+
+    hook = engine._model.register_forward_pre_hook(fail)
+    with pytest.raises(EngineUnavailableError):
+        await collect(engine.generate(request))
+    hook.remove()
+    await until(lambda: engine._manager is not manager and engine.healthy().ready)
+    assert await answered(engine, [request]) == oracle(folder, [request])
+    assert counters["stats"]["unique_graphs"] == before
+
+
 async def test_without_a_compiler_the_engine_says_what_to_do(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ModelError, match=r"no g\+\+ or clang\+\+: install one"):
+    with pytest.raises(ModelError, match=r"there is no (g|clang)\+\+: install one"):
         TransformersEngine(
             str(folder), folder / "mask.safetensors", served_model_name="tiny", compile_model=True
         )

@@ -1,13 +1,22 @@
 """Linear layers whose weights are laid out anew give what they gave, and large ones take no more memory."""
 
+from dataclasses import replace
+
 import psutil
 import pytest
 import torch
 from torch import nn
 
 from modulation.demo import MASK_FILE, MODEL_DIR
+from modulation.errors import MaskMismatchError
+from modulation.levels import Threshold
+from modulation.loading import load_model
+from modulation.masks import Mask
+from modulation.modulator import Modulator
+from server.engines.base import GenerateRequest
 from server.engines.packing import pack_weights, padded_rows
 from server.engines.transformers import TransformersEngine
+from tests.engines.contract import GREEDY, collect, tokens
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -35,9 +44,8 @@ def test_results_are_the_same_up_to_rounding(
         found = layer(given)
     assert is_packed(layer)
     assert found.dtype == dtype and found.shape == expected.shape
-    torch.testing.assert_close(
-        found.double(), expected, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-2
-    )
+    near = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected, rtol=near, atol=near)
 
 
 def test_few_numbers_of_rows_are_computed_and_none_with_many_more_than_are_there() -> None:
@@ -119,10 +127,23 @@ def test_without_onednn_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.anyio
 async def test_the_engine_serves_with_packed_weights_and_knows_whose_masks_fit() -> None:
-    engine = TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo", device="cpu")
+    mask = Mask.load(MASK_FILE)
+    level = Threshold(19, 38)
+    engine = TransformersEngine(
+        str(MODEL_DIR), MASK_FILE, served_model_name="demo", device="cpu", dtype="float32"
+    )
     try:
         layers = engine._model.model.layers
         assert all(is_packed(each.mlp.down_proj) and is_packed(each.mlp.up_proj) for each in layers)
-        assert (await engine.use_mask(engine._masks.current.value.mask)).mask_digest
+        model = load_model(str(MODEL_DIR), device="cpu", dtype="float32")
+        prompt = torch.arange(20, 50)
+        with Modulator(model, mask).applied(level):
+            expected = model.generate(prompt[None], max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+        request = GenerateRequest(tuple(prompt.tolist()), level, GREEDY, 24)
+        assert tokens(await collect(engine.generate(request))) == tuple(expected.tolist())
+        metadata = mask.metadata.model_copy(update={"model_fingerprint": "0" * 16})
+        with pytest.raises(MaskMismatchError, match="0000000000000000"):
+            await engine.use_mask(replace(mask, metadata=metadata))
+        assert (await engine.use_mask(mask)).mask_digest == mask.digest
     finally:
         await engine.close()
