@@ -1,5 +1,5 @@
 """Where a model family keeps its layers and its MLP neurons: the input of each layer's MLP output
-projection.
+projection; and where hooks go if that projection is compiled.
 
 Knows module paths of model families. Knows nothing of masks or of what is done at a site.
 """

@@ -260,6 +260,14 @@ class LevelManager(ContinuousBatchingManager):
         return bool(self.batch_processor.model_runner.pad_inputs)
 
     @property
+    def more_tokens_than_rows(self) -> int:
+        """A step of so many tokens of one request has fewer rows of logits, also where both are padded."""
+        assert self.batch_processor is not None
+        config = self.batch_processor.model_runner.cb_config
+        assert config.max_requests_per_batch is not None
+        return int(config.max_requests_per_batch + config.q_padding_interval_size + 1)
+
+    @property
     def keeps_logits(self) -> bool:
         """Whether the model computes the logits of the tokens it is asked for alone."""
         assert self.batch_processor is not None

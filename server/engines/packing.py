@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 _DTYPES: Final = (torch.float32, torch.bfloat16)
-# Smaller weights stay in the core's cache, and calling oneDNN takes longer than MKL takes for them.
+# Weights of fewer numbers stay in the core's cache from step to step where a model has no others: for these
+# calling oneDNN takes longer than MKL takes (docs/measurements.md),
 _FEWEST: Final = 120_000
-# Smaller weights than that stay in the core's cache from step to step where a model has no others, and for a
-# single row of them calling oneDNN takes longer (docs/measurements.md).
+# and for these it does for a single row.
 _FEWEST_FOR_ONE_ROW: Final = 300_000
 # Rows that a layout is chosen for; it serves fewer and more nearly as well as their own.
 _NUM_ROWS: Final = 16

@@ -65,8 +65,6 @@ _PAGE_SIZE: Final = 32
 _GREEDY_BELOW: Final = 1e-5
 _PROBE_TIMEOUT_SECONDS: Final = 300.0
 _COMPILE_TIMEOUT_SECONDS: Final = 1800.0
-# Tokens of a step are padded to a multiple of it where steps are replayed; transformers' own default.
-_PADDED_TO: Final = 64
 _MAX_STEP_TOKENS: Final = {"cpu": 512, "cuda": 2048}
 
 
@@ -404,10 +402,8 @@ class TransformersEngine(TokenizingEngine):
             ModelError: the model's code cannot run in continuous batching.
         """
         if self._compiled:
-            # Sizes that are equal when it is compiled are taken to be so always: at first there are more
-            # tokens than rows of logits, also where steps are padded to as many rows as requests may be.
-            most = int(self._batching["max_requests_per_batch"])
-            long = min(most + _PADDED_TO + 1, self._info.max_model_len - 2)
+            # Sizes that are equal when it is compiled are taken to be so always.
+            long = min(self._manager.more_tokens_than_rows, self._info.max_model_len - 2)
             for lengths in ([long], [long, 3]):  # of a single request, and of one token, it is compiled apart
                 self._probe_with([(length, ZERO) for length in lengths])
         self._probe_with([(number + 2, each.threshold) for number, each in enumerate(self._info.levels)])

@@ -37,13 +37,6 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny_chat_folder(tmp_path_factory.mktemp("tiny"))
-    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(path)), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
     """Compiling takes most of the time of these tests: one engine for all."""
     async with serving(folder, compile_model=True) as engine:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from modulation.levels import Threshold
 from modulation.masks import Mask
@@ -20,20 +19,13 @@ from server.engines.batching import LevelManager, is_out_of_memory
 from server.engines.transformers import TransformersEngine
 from tests.engines.contract import collect, is_idle, tokens, until
 from tests.engines.test_transformers import ask, serving
-from tests.tiny_models import random_mask, save_mask, scaled, tiny_chat_folder
+from tests.tiny_models import scaled
 
 pytestmark = pytest.mark.anyio
 
 LEVEL = Threshold(6, 3)
 # pytest reports what ends a thread, also where that is the point.
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny_chat_folder(tmp_path_factory.mktemp("tiny"))
-    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(path)), path)
-    return path
 
 
 @pytest.fixture

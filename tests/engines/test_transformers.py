@@ -34,14 +34,6 @@ THRESHOLDS = (ZERO, Threshold(12, 9), Threshold(6, 3), Threshold(1, 9), Threshol
 LONG_SYSTEM = Message("system", "Rules of this house, read them with care. " * 15)  # more than 600 bytes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a byte tokenizer, and a mask of strong factors: every level shows."""
-    path = tiny_chat_folder(tmp_path_factory.mktemp("tiny"))
-    save_mask(random_mask(AutoModelForCausalLM.from_pretrained(path)), path)
-    return path
-
-
 @asynccontextmanager
 async def serving(folder: Path, **settings: Any) -> AsyncIterator[TransformersEngine]:
     engine = TransformersEngine(
