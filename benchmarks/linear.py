@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    _print(f"hardware  {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    _print(f"hardware  {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     _print(f"versions  torch {torch.__version__}")
     _print(f"load      {arguments.dtype}, {arguments.rounds} rounds, medians, seed 0")
     _print(f"command   python -m benchmarks.linear {' '.join(sys.argv[1:])}\n")
@@ -71,7 +71,7 @@ def _microseconds(rounds: int, number: int, *sides: Callable[[int], object]) -> 
     return [statistics.median(taken[1:]) * 1e6 for taken in seconds]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What /proc says of the first core."""
     lines = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -8,9 +8,10 @@ touched; at (0, 0) they are multiplied by exactly 1.0, or, on CUDA, left alone. 
 the same.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from modulation.masks import Mask
 from modulation.sites import Site, find_sites
 
 _SAFETY, _UTILITY = 0, 1
+# The most factors of a site, one a token and neuron: up to here multiplying all of its activations is faster
+# than taking out the mask's neurons and putting them back (docs/measurements.md).
+_MOST_WIDENED: Final = 40_000
 
 
 class Modulator:
@@ -50,6 +54,7 @@ class Modulator:
         device = next(model.parameters()).device
         self._columns: list[Tensor] = []  # by site
         self._sizes: list[int] = []
+        self._widths: list[int] = []
         kinds: list[int] = []
         ranks: list[int] = []
         factors: list[float] = []
@@ -62,12 +67,17 @@ class Modulator:
             assert isinstance(weight, Tensor)
             self._columns.append(torch.tensor([i for *_, i in members], device=weight.device))
             self._sizes.append(len(members))
+            self._widths.append(site.width)
         # One entry per neuron of the mask, all layers together: (neurons,)
         self._kinds = torch.tensor(kinds, dtype=torch.int64, device=device)
         self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
         self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._ones = torch.ones((), dtype=torch.float32, device=device)
         self._is_fused = all(fused.is_available(each.device) for each in self._columns)
+        # Where these neurons stand if those of all sites are in a row; None: they are not all on the CPU.
+        begins = itertools.accumulate(self._widths, initial=0)
+        wide = [columns + begin for columns, begin in zip(self._columns, begins, strict=False)]
+        self._wide_columns = torch.cat(wide) if {each.device.type for each in wide} == {"cpu"} else None
         # Where each of these neurons stands among all, safety set first, by rank.
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
@@ -88,14 +98,38 @@ class Modulator:
         assert thresholds.ndim == 2 and thresholds.shape[1] == 2, thresholds.shape
         self.check()
         self._unseen = {site.name for site in self._sites}
-        fuses = self._is_fused and not torch.is_grad_enabled()
-        self._change = self._fused(thresholds) if fuses else self._gathered(thresholds)
+        self._change = self._chosen(thresholds)
+
+    def _chosen(self, thresholds: Tensor) -> Callable[[int, Tensor], Tensor]:
+        if torch.is_grad_enabled():
+            return self._gathered(thresholds)
+        if self._is_fused:
+            return self._fused(thresholds)
+        most = _MOST_WIDENED * len(self._sites)
+        if self._wide_columns is not None and len(thresholds) * sum(self._widths) <= most:
+            return self._widened(thresholds, self._wide_columns)
+        return self._gathered(thresholds)
+
+    def _scale(self, thresholds: Tensor) -> Tensor:
+        """What each neuron of the mask is multiplied by: float32 (tokens, neurons)."""
+        limits = thresholds.index_select(1, self._kinds)
+        return torch.where(self._ranks < limits, self._factors, self._ones)
 
     def _gathered(self, thresholds: Tensor) -> Callable[[int, Tensor], Tensor]:
-        limits = thresholds.index_select(1, self._kinds)  # (tokens, neurons)
-        scale = torch.where(self._ranks < limits, self._factors, self._ones)
-        scales = torch.split(scale, self._sizes, dim=1)
+        scales = torch.split(self._scale(thresholds), self._sizes, dim=1)
         return lambda number, activations: _scaled(activations, self._columns[number], scales[number])
+
+    def _widened(self, thresholds: Tensor, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
+        whole = self._ones.expand(len(thresholds), sum(self._widths))
+        scales = torch.split(whole.index_copy(1, columns, self._scale(thresholds)), self._widths, dim=1)
+
+        def change(number: int, activations: Tensor) -> Tensor:
+            scale = _per_token(scales[number], activations)
+            if torch.is_grad_enabled():
+                return (activations * scale).to(activations.dtype)
+            return activations.mul_(scale)
+
+        return change
 
     def _fused(self, thresholds: Tensor) -> Callable[[int, Tensor], Tensor]:
         thresholds = thresholds.to(torch.int32).contiguous()
@@ -195,14 +229,18 @@ class Modulator:
 def _scaled(activations: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     """`activations` (..., width) with `columns` (neurons,) multiplied by `scale` (tokens or 1, neurons); in
     place where no gradient is wanted: they were made for the projection that takes them."""
-    _check_tokens(scale, activations)
-    if scale.shape[0] != 1:
-        scale = scale.view(*activations.shape[:-1], -1)
+    scale = _per_token(scale, activations)
     chosen = activations.index_select(-1, columns)
     modulated = (chosen * scale.to(chosen.device)).to(chosen.dtype)
     if torch.is_grad_enabled():
         return activations.index_copy(-1, columns, modulated)
     return activations.index_copy_(-1, columns, modulated)
+
+
+def _per_token(scale: Tensor, activations: Tensor) -> Tensor:
+    """`scale` (tokens or 1, neurons) for activations (..., width): (..., neurons), or as it is for all."""
+    _check_tokens(scale, activations)
+    return scale if scale.shape[0] == 1 else scale.view(*activations.shape[:-1], -1)
 
 
 def _check_tokens(of_tokens: Tensor, activations: Tensor) -> None:

@@ -16,6 +16,12 @@ from tests.tiny_models import VOCAB, random_mask, tiny_model
 TOKENS = torch.randint(3, VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(autouse=True, params=[0, 10**9], ids=["neurons taken out", "all neurons"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of multiplying, whatever is faster."""
+    monkeypatch.setattr("modulation.modulator._MOST_WIDENED", request.param)
+
+
 def oracle(activations: np.ndarray, layer: int, mask: Mask, thresholds: list[Threshold]) -> np.ndarray:
     """a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1), written out. activations: (rows, tokens, width)."""
     result = activations.copy()
