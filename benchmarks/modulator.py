@@ -1,7 +1,8 @@
 """How to scale a few neurons of each token: the ways there are, one site at a time, interleaved in one run.
 
     gathered      the mask's neurons are taken out, scaled, and put into a copy: where gradients are wanted
-    in place      the same, written into the activations themselves: the serving modulator's, on CPU
+    in place      the same, written into the activations themselves: the serving modulator's on CPU, of many
+                  tokens
     dense         every neuron times a scale that is looked up by rank and the token's threshold, as in vLLM
     dense, given  the same, with the scale of all neurons made once for a step, as memory allows
     compiled ...  by torch.compile, as in a model that is compiled whole

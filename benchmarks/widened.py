@@ -7,12 +7,14 @@ Of the pass only what modulation does is timed: thresholds, then each site's act
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
     _print(f"hardware  {processor()}, {os.cpu_count()} cores, {arguments.threads} threads")
     _print(f"versions  torch {torch.__version__}")
     _print(f"load      float32, {arguments.rounds} rounds, seed 0")
@@ -43,13 +46,15 @@ def main() -> None:
     _print("model         tokens  factors a site  taken out, us  all, us  ratio")
     shape = "smollm2-135m"
     large = random_model(config_of(shape), 0, dtype=torch.float32)
-    _measure("demo", load_model(str(MODEL_DIR), device="cpu", dtype="float32"), None, arguments.rounds)
-    _measure(shape, large, random_mask(large, 0), arguments.rounds)
+    demo = load_model(str(MODEL_DIR), device="cpu", dtype="float32")
+    rows = _measure("demo", demo, Mask.load(Path(MASK_FILE)), arguments.rounds)
+    rows += _measure(shape, large, random_mask(large, 0), arguments.rounds)
+    _print(json.dumps({"threads": arguments.threads, "torch": torch.__version__, "seed": 0, "rows": rows}))
 
 
 @torch.inference_mode()
-def _measure(name: str, model: PreTrainedModel, mask: Mask | None, rounds: int) -> None:
-    mask = mask or Mask.load(Path(MASK_FILE))
+def _measure(name: str, model: PreTrainedModel, mask: Mask, rounds: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     modulator = Modulator(model, mask)
     # By any others the activations, which are multiplied again and again, would
     # leave the numbers that are normal.
@@ -62,14 +67,17 @@ def _measure(name: str, model: PreTrainedModel, mask: Mask | None, rounds: int) 
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way, most in WAYS.items():
-                    modulation.modulator._MOST_WIDENED = most
-                    seconds[way].append(_timed(modulator, thresholds, activations, calls))
+                    with mock.patch.object(modulation.modulator, "_MOST_WIDENED", most):
+                        seconds[way].append(_timed(modulator, thresholds, activations, calls))
             out, everything = (1e6 * statistics.median(seconds[way]) for way in WAYS)
             factors = activations[0].numel()
             _print(
                 f"{name:<12}  {num_tokens:>6}  {factors:>14}  {out:>13.1f}  {everything:>7.1f}"
                 f"  {out / everything:>5.2f}"
             )
+            us = {"taken out": round(out, 1), "all": round(everything, 1)}
+            rows.append({"model": name, "tokens": num_tokens, "factors": factors, "us": us})
+    return rows
 
 
 def _timed(modulator: Modulator, thresholds: Tensor, activations: list[Tensor], calls: int) -> float:

@@ -3,8 +3,8 @@
 Knows a model's sites and a mask. Knows nothing of requests, levels by name, or who sets thresholds.
 
 The arithmetic (docs/method.md): per layer, token t and neuron i with rank r_i in its set, factor g_i
-and threshold n_t, a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1.0). Only the mask's neurons are ever
-touched; at (0, 0) they are multiplied by exactly 1.0, or, on CUDA, left alone. Any mix of thresholds costs
+and threshold n_t, a'[t, i] = a[t, i] * (g_i if r_i < n_t else 1.0). Only the mask's neurons ever
+change; at (0, 0) they are multiplied by exactly 1.0, or, on CUDA, left alone. Any mix of thresholds costs
 the same.
 """
 
@@ -25,8 +25,8 @@ from modulation.sites import Site, find_sites
 
 _SAFETY, _UTILITY = 0, 1
 # The most factors of a site, one a token and neuron: up to here multiplying all of its activations is faster
-# than taking out the mask's neurons and putting them back (docs/measurements.md).
-_MOST_WIDENED: Final = 40_000
+# than taking out the mask's neurons and putting them back (docs/measurements.md). torch does it on one core.
+_MOST_WIDENED: Final = 32_768
 
 
 class Modulator:
@@ -74,13 +74,21 @@ class Modulator:
         self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._ones = torch.ones((), dtype=torch.float32, device=device)
         self._is_fused = all(fused.is_available(each.device) for each in self._columns)
-        # Where these neurons stand if those of all sites are in a row; None: they are not all on the CPU.
-        begins = itertools.accumulate(self._widths, initial=0)
-        wide = [columns + begin for columns, begin in zip(self._columns, begins, strict=False)]
-        self._wide_columns = torch.cat(wide) if {each.device.type for each in wide} == {"cpu"} else None
+        self._wide_columns = self._standing_in_a_row(device)
         # Where each of these neurons stands among all, safety set first, by rank.
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
+
+    def _standing_in_a_row(self, device: torch.device) -> Tensor | None:
+        """Where the mask's neurons stand if those of all sites are in a row: int (neurons,). None: not all is
+        float32 on the CPU, where alone multiplying them all is known to be faster."""
+        weights: list[Any] = [site.module.weight for site in self._sites]
+        if not weights or {device, *(each.device for each in weights)} != {torch.device("cpu")}:
+            return None
+        if any(each.dtype != torch.float32 for each in weights):
+            return None
+        begins = itertools.accumulate(self._widths, initial=0)
+        return torch.cat([each + begin for each, begin in zip(self._columns, begins, strict=False)])
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -33,3 +33,9 @@ def vllm_engine() -> Iterator["VllmEngine"]:
     engine = new_engine()
     yield engine
     asyncio.run(engine.close())
+
+
+@pytest.fixture(params=[0, 10**9], ids=["neurons taken out", "all multiplied"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of multiplying activations on CPU, whichever is faster."""
+    monkeypatch.setattr("modulation.modulator._MOST_WIDENED", request.param)

@@ -9,6 +9,8 @@ from modulation.sites import find_sites
 from server.engines.masks import Masks, RequestMask
 from tests.tiny_models import random_mask, scaled, tiny_model
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @pytest.mark.parametrize("num_padding", [0, 3])
 def test_two_masks_in_a_step_each_change_the_tokens_of_their_own(num_padding: int) -> None:

@@ -15,11 +15,7 @@ from tests.tiny_models import VOCAB, random_mask, tiny_model
 
 TOKENS = torch.randint(3, VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
 
-
-@pytest.fixture(autouse=True, params=[0, 10**9], ids=["neurons taken out", "all neurons"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of multiplying, whatever is faster."""
-    monkeypatch.setattr("modulation.modulator._MOST_WIDENED", request.param)
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def oracle(activations: np.ndarray, layer: int, mask: Mask, thresholds: list[Threshold]) -> np.ndarray:
@@ -194,3 +190,39 @@ def test_what_a_pass_holds_does_not_grow_with_the_number_of_levels() -> None:
     alike = torch.tensor([[12, 9]] * 100, dtype=torch.int32)
     different = torch.tensor([[number % 13, number % 10] for number in range(100)], dtype=torch.int32)
     assert held(mask, alike) == held(mask, different) == held(named, different) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_multiply_all_activations_and_many_take_neurons_out(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: a multiplication by float32 factors in place converts other types, which takes longer."""
+    taken: list[str] = []
+    for name in ("_widened", "_gathered"):
+        whole = getattr(Modulator, name)
+        monkeypatch.setattr(
+            Modulator, name, lambda *given, name=name, whole=whole: taken.append(name) or whole(*given)
+        )
+    model = tiny_model().to(dtype)
+    width = find_sites(model)[0].width
+    monkeypatch.setattr("modulation.modulator._MOST_WIDENED", 10 * width)
+    for num_tokens in (1, 10, 11):
+        with torch.no_grad():
+            Modulator(model, random_mask(model)).set_thresholds(torch.zeros(num_tokens, 2, dtype=torch.int32))
+    Modulator(model, random_mask(model)).set_thresholds(torch.zeros(1, 2, dtype=torch.int32))
+    few = "_widened" if dtype == torch.float32 else "_gathered"
+    assert taken == [few, few, "_gathered", "_gathered"]
+
+
+def test_gradients_flow_also_where_thresholds_were_set_without_any() -> None:
+    found = []
+    for with_gradients in (True, False):
+        model = tiny_model()
+        modulator = Modulator(model, random_mask(model))
+        with modulator:
+            with torch.set_grad_enabled(with_gradients):
+                modulator.set_thresholds(torch.tensor([[12, 9]], dtype=torch.int32))
+            model(TOKENS).logits.square().sum().backward()
+        found.append(model.get_input_embeddings().weight.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(found[0], found[1])
