@@ -29,7 +29,7 @@ from modulation.masks import Mask
 from modulation.modulator import Modulator
 
 TOKENS: Final = (1, 4, 16, 32, 64, 128)
-WAYS: Final = {"taken out": 0, "all": 1 << 62}  # by name, how many factors of a site
+WAYS: Final = {"taken out": 0, "all": 1 << 62}  # how many factors of a site may be made
 
 
 def main() -> None:
@@ -56,8 +56,7 @@ def main() -> None:
 def _measure(name: str, model: PreTrainedModel, mask: Mask, rounds: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     modulator = Modulator(model, mask)
-    # By any others the activations, which are multiplied again and again, would
-    # leave the numbers that are normal.
+    # By any others the activations, multiplied again and again, would leave the numbers that are normal.
     modulator.use_factors(torch.ones(len(mask.safety) + len(mask.utility)))
     with modulator:
         for num_tokens in TOKENS:

@@ -25,7 +25,7 @@ from modulation.sites import Site, find_sites
 
 _SAFETY, _UTILITY = 0, 1
 # The most factors of a site, one a token and neuron: up to here multiplying all of its activations is faster
-# than taking out the mask's neurons and putting them back (docs/measurements.md). torch does it on one core.
+# than taking out the mask's neurons and putting them back (docs/measurements.md).
 _MOST_WIDENED: Final = 32_768
 
 
@@ -54,7 +54,6 @@ class Modulator:
         device = next(model.parameters()).device
         self._columns: list[Tensor] = []  # by site
         self._sizes: list[int] = []
-        self._widths: list[int] = []
         kinds: list[int] = []
         ranks: list[int] = []
         factors: list[float] = []
@@ -67,13 +66,13 @@ class Modulator:
             assert isinstance(weight, Tensor)
             self._columns.append(torch.tensor([i for *_, i in members], device=weight.device))
             self._sizes.append(len(members))
-            self._widths.append(site.width)
         # One entry per neuron of the mask, all layers together: (neurons,)
         self._kinds = torch.tensor(kinds, dtype=torch.int64, device=device)
         self._ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
         self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
         self._ones = torch.ones((), dtype=torch.float32, device=device)
         self._is_fused = all(fused.is_available(each.device) for each in self._columns)
+        self._widths = [site.width for site in self._sites]
         self._wide_columns = self._standing_in_a_row(device)
         # Where each of these neurons stands among all, safety set first, by rank.
         places = [rank + kind * len(mask.safety) for kind, rank in zip(kinds, ranks, strict=True)]
@@ -113,7 +112,7 @@ class Modulator:
             return self._gathered(thresholds)
         if self._is_fused:
             return self._fused(thresholds)
-        most = _MOST_WIDENED * len(self._sites)
+        most = _MOST_WIDENED * len(self._sites)  # together: their widths may differ
         if self._wide_columns is not None and len(thresholds) * sum(self._widths) <= most:
             return self._widened(thresholds, self._wide_columns)
         return self._gathered(thresholds)

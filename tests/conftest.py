@@ -1,4 +1,4 @@
-"""What tests everywhere need: the event loop, and which engine clients are tried on."""
+"""What tests everywhere need: the event loop, the engine clients are tried on, both ways of modulating."""
 
 import asyncio
 from collections.abc import Iterator

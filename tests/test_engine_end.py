@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from modulation.demo import MODEL_DIR
 from server.process import EngineEnd
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +43,9 @@ with bind("127.0.0.1", 0) as listener:
     run(create_app(Settings(), engine, drain), engine, listener, "warning", f"port {port}", drain, end)
 """
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "temperature": 2.0}
-# It does not end by itself before the fault is asked for: token 2 ends the demo model's answers.
-ENDLESS = {**BODY, "stream": True, "logit_bias": {"2": -100}}
+END = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+# It does not end by itself before the fault is asked for.
+ENDLESS = {**BODY, "stream": True, "logit_bias": {str(END): -100}}
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from modulation.demo import MASK_FILE, MODEL_DIR
-from modulation.errors import MaskMismatchError
+from modulation.errors import MaskMismatchError, ModelError
 from modulation.levels import Threshold
 from modulation.loading import load_model
 from modulation.masks import Mask
@@ -147,3 +149,15 @@ async def test_the_engine_serves_with_packed_weights_and_knows_whose_masks_fit()
         assert (await engine.use_mask(mask)).mask_digest == mask.digest
     finally:
         await engine.close()
+
+
+def test_a_model_whose_code_takes_the_weight_itself_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads NaN, so the probes at the start fail."""
+
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(linear(x, self.gate_proj.weight)) * self.up_proj(x))
+
+    monkeypatch.setattr("server.engines.packing._FEWEST_FOR_ONE_ROW", 1)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        TransformersEngine(str(MODEL_DIR), MASK_FILE, served_model_name="demo", device="cpu", dtype="float32")
